@@ -1,0 +1,104 @@
+#include "fp8/dequantize_rowwise.h"
+
+#include <type_traits>
+
+#include "common/vector.cuh"
+#include "fp8/blocks.cuh"
+#include "fp8/formulas.cuh"
+
+namespace moe_ep::fp8 {
+namespace {
+
+template <typename T>
+__device__ __forceinline__ T dequantize(uint8_t byte, float scale_inv) {
+  return from_float<T>(__fmul_rn(to_float(byte), scale_inv));
+}
+
+// Bound by HBM, as quantising is; here the stores are the 16-byte side.
+template <typename T>
+__global__ void __launch_bounds__(kThreads)
+    dequantize_vectors(const uint8_t* __restrict__ data, const float* __restrict__ scale_inv,
+                       T* __restrict__ out, Blocks blocks) {
+  constexpr int kElements = 16 / sizeof(T);
+  using Tile = Tiling<kElements>;
+  const int lane = threadIdx.x % 32;
+  const int group = lane / Tile::kLanesPerBlock;
+  const int begin = lane % Tile::kLanesPerBlock * kElements;
+  const int64_t warp = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
+  const int64_t first = warp * Tile::kBlocksPerWarp + group;
+
+  Vector<uint8_t, kElements> loaded[Tile::kSteps];
+  float scale[Tile::kSteps];
+  int64_t offset[Tile::kSteps];
+  bool active[Tile::kSteps];
+#pragma unroll
+  for (int step = 0; step < Tile::kSteps; ++step) {
+    const int64_t block = first + step * Tile::kBlocksPerStep;
+    const Blocks::Span span = blocks.span(block);
+    offset[step] = span.offset + begin;
+    active[step] = begin < span.length;
+    if (active[step]) {
+      loaded[step] = load_once<uint8_t, kElements>(data + offset[step]);
+      scale[step] = scale_inv[block];
+    }
+  }
+#pragma unroll
+  for (int step = 0; step < Tile::kSteps; ++step) {
+    if (!active[step]) continue;
+    Vector<T, kElements> values;
+#pragma unroll
+    for (int i = 0; i < kElements; ++i) values.at[i] = dequantize<T>(loaded[step].at[i], scale[step]);
+    store(out + offset[step], values);
+  }
+}
+
+// One warp a block, one element an access: for rows that do not start at 16-byte boundaries.
+template <typename T>
+__global__ void __launch_bounds__(kThreads)
+    dequantize_elements(const uint8_t* __restrict__ data, const float* __restrict__ scale_inv,
+                        T* __restrict__ out, Blocks blocks) {
+  const int64_t block = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
+  const Blocks::Span span = blocks.span(block);
+  for (int at = threadIdx.x % 32; at < span.length; at += 32) {
+    out[span.offset + at] = dequantize<T>(data[span.offset + at], scale_inv[block]);
+  }
+}
+
+template <typename T>
+Status launch_as(const DequantizeRowwise& launch) {
+  constexpr int kElements = 16 / sizeof(T);
+  const Blocks blocks(launch.rows, launch.cols);
+  const bool vectors =
+      launch.cols % kElements == 0 && is_aligned(launch.out, 16) && is_aligned(launch.data, kElements);
+  const int64_t grid = grid_for(blocks, vectors ? Tiling<kElements>::kBlocksPerWarp : 1);
+  if (grid > INT32_MAX) {
+    return Status::invalid(
+        "dequantize_rowwise: data of %lld x %lld needs %lld thread blocks, at most 2^31 - 1 can run",
+        static_cast<long long>(launch.rows), static_cast<long long>(launch.cols),
+        static_cast<long long>(grid));
+  }
+  auto* kernel = &dequantize_elements<T>;
+  if (vectors) kernel = &dequantize_vectors<T>;
+  kernel<<<static_cast<unsigned int>(grid), kThreads, 0, launch.stream>>>(
+      launch.data, launch.scale_inv, static_cast<T*>(launch.out), blocks);
+  return Status::from_cuda(cudaGetLastError(), "launching dequantize_rowwise");
+}
+
+}  // namespace
+
+Status dequantize_rowwise(const DequantizeRowwise& launch) {
+  if (launch.rows < 0 || launch.cols < 0) {
+    return Status::invalid("dequantize_rowwise: rows and cols must be >= 0, got %lld and %lld",
+                           static_cast<long long>(launch.rows), static_cast<long long>(launch.cols));
+  }
+  if (launch.rows == 0 || launch.cols == 0) return Status::ok();
+  if (launch.data == nullptr || launch.scale_inv == nullptr || launch.out == nullptr) {
+    return Status::invalid(
+        "dequantize_rowwise: data, scale_inv and out must not be null for %lld x %lld elements",
+        static_cast<long long>(launch.rows), static_cast<long long>(launch.cols));
+  }
+  return for_dtype(launch.dtype,
+                   [&](auto* type) { return launch_as<std::remove_pointer_t<decltype(type)>>(launch); });
+}
+
+}  // namespace moe_ep::fp8
