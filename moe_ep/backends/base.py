@@ -1,0 +1,90 @@
+"""What a backend does for the layers above it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+LAYOUTS = ("expert", "rank")
+
+
+@dataclass(frozen=True)
+class RoutingSpec:
+    """What the rows of a dispatch shall look like; the same on every rank."""
+
+    num_experts: int
+    num_local_experts: int
+    num_topk: int
+    layout: str
+    expert_alignment: int
+    max_recv_rows: int | None
+
+
+@dataclass(frozen=True)
+class Part:
+    """One ``[T, ...]`` tensor of a dispatch, with the value of rows that hold no token."""
+
+    rows: torch.Tensor
+    padding: float = 0.0
+
+
+class Routing:
+    """Names for the first tensors of every backend's routing state. What follows them is the backend's own.
+
+    The state is a flat list of tensors so that it can be the output of one operator and the input of others, under
+    torch.compile too.
+    """
+
+    TOKENS_PER_EXPERT = 0  # [L] int64
+    PADDED_TOKENS_PER_EXPERT = 1  # [L] int64
+    ROWS = 2  # rank layout: local expert ids [N, K] int64; expert layout: the arrival of each row [N] int64, -1 padding
+    ROWS_NEEDED = 3  # [1] int64: rows of the exact result
+    SPLITS = 4  # on the host, int64: rows of each local expert in the output [L], or [0] where only the device knows
+
+
+class Backend(ABC):
+    """Moves rows between the ranks of one communicator. Every method is called by all ranks in the same order."""
+
+    name: str
+    rank: int
+    size: int
+
+    @abstractmethod
+    def plan(self, topk_idx: torch.Tensor, spec: RoutingSpec) -> list[torch.Tensor]:
+        """Exchange the routing ``topk_idx [T, K]`` and return the routing state (see `Routing`)."""
+
+    @abstractmethod
+    def dispatch(
+        self,
+        parts: Sequence[Part],
+        weights: torch.Tensor | None,
+        state: Sequence[torch.Tensor],
+        spec: RoutingSpec,
+    ) -> tuple[list[torch.Tensor], torch.Tensor | None]:
+        """Rows of every part, and of ``weights [T, K]`` the weights ``[N]`` or ``[N, K]``."""
+
+    @abstractmethod
+    def combine(
+        self,
+        rows: torch.Tensor,
+        row_weights: torch.Tensor | None,
+        biases: Sequence[torch.Tensor],
+        state: Sequence[torch.Tensor],
+        spec: RoutingSpec,
+        num_tokens: int,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The transpose of dispatch: sums ``[T, H]``, and of the row weights ``[T, K]``."""
+
+    @abstractmethod
+    def state_devices(self, device: torch.device) -> list[torch.device]:
+        """Where each tensor of the routing state lives, for tokens on ``device``."""
+
+    @abstractmethod
+    def all_gather(self, values: torch.Tensor) -> torch.Tensor:
+        """``[R, n]`` from every rank's int64 CPU tensor ``values [n]``; also a barrier."""
+
+    def close(self) -> None:
+        """Free what the backend holds. Not collective, safe to call twice."""

@@ -1,0 +1,162 @@
+"""Which row goes where, for backends that have nothing but messages between ranks.
+
+A *pair* is (token, rank that holds at least one of its experts): one row on the wire. An *entry* is (token, k) with an
+expert: one row of the expert layout. Senders order both by (destination rank, token, k), so receivers see them by
+(source rank, token, k) and all positions follow from counts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+
+from .base import RoutingSpec
+
+NUM_RANGES = 3  # arrivals before this rank's own, its own, and after
+
+
+@dataclass(frozen=True)
+class SendPlan:
+    """This rank's tokens, as a sender."""
+
+    tokens: torch.Tensor  # [S] token of each pair
+    entries: torch.Tensor  # [Q] position in topk_idx.flatten() of each entry
+    codes: torch.Tensor  # [Q] what the receiver must know of each entry, see `encode`
+    counts: torch.Tensor  # [2, R] pairs and entries for each rank
+    sum_slots: SumLists  # how the rows that come back add up to tokens
+
+
+@dataclass(frozen=True)
+class SumLists:
+    """A sum over ragged lists of rows as at most K passes without a conflict: ``out[targets[i]] += rows[sources[i]]``.
+
+    The lists are sorted by (pass, target); ``sizes [passes]`` says how long each pass is. Pass j adds the j-th term of every sum, so
+    that the terms of one sum are added in a fixed order.
+    """
+
+    targets: torch.Tensor
+    sources: torch.Tensor
+    sizes: torch.Tensor
+
+
+@dataclass(frozen=True)
+class ReceivePlan:
+    """The arrivals (rows in the order of the rank layout) and where they go."""
+
+    tokens_per_expert: torch.Tensor  # [L]
+    padded_tokens_per_expert: torch.Tensor  # [L]
+    rows: torch.Tensor  # rank layout: local expert ids [N, K]; expert layout: arrival of each row [N], -1 = padding
+    rows_needed: torch.Tensor  # [1]
+    splits: torch.Tensor  # [L] rows of each local expert in the output
+    entry_rows: torch.Tensor  # [P] flat position of each arrived entry among the row weights; the last one + 1 = dropped
+    sum_slots: SumLists  # how expert rows add up to arrivals; sizes [NUM_RANGES * K], range by range
+
+
+def plan_sends(topk_idx: torch.Tensor, spec: RoutingSpec) -> SendPlan:
+    """``topk_idx [T, K]`` int64, ids already checked."""
+    num_ranks = spec.num_experts // spec.num_local_experts
+    num_topk = topk_idx.shape[1]
+    device = topk_idx.device
+    flat_idx = topk_idx.flatten()
+    rank_of = torch.where(flat_idx < 0, num_ranks, flat_idx // spec.num_local_experts)
+    ranks, entries = rank_of.sort(stable=True)
+    per_rank = torch.bincount(ranks, minlength=num_ranks + 1)[:num_ranks]
+    num_entries = flat_idx.numel() - int((flat_idx < 0).sum())
+    ranks, entries = ranks[:num_entries], entries[:num_entries]
+    tokens = entries // num_topk
+
+    new_pair = torch.ones(num_entries, dtype=torch.bool, device=device)
+    new_pair[1:] = (tokens[1:] != tokens[:-1]) | (ranks[1:] != ranks[:-1])
+    starts = new_pair.nonzero().flatten()
+    pairs_per_rank = torch.bincount(ranks[starts], minlength=num_ranks)
+    codes = encode(flat_idx[entries] % spec.num_local_experts, entries % num_topk, new_pair, num_topk)
+
+    # The owner adds the ranks of a token in ascending order of the highest k that each served: the last entry of a pair.
+    last = torch.ones_like(new_pair)
+    last[:-1] = new_pair[1:]
+    last_entries = entries[last]
+    is_last = torch.zeros(flat_idx.numel(), dtype=torch.int64, device=device)
+    is_last[last_entries] = 1
+    slots = (is_last.view(-1, num_topk).cumsum(1) - 1).flatten()[last_entries]
+    sum_slots = _sum_lists(slots, tokens[starts], torch.arange(len(starts), device=device), num_topk)
+    return SendPlan(tokens[starts], entries, codes, torch.stack([pairs_per_rank, per_rank]), sum_slots)
+
+
+def encode(expert: torch.Tensor, k: torch.Tensor, new_pair: torch.Tensor, num_topk: int) -> torch.Tensor:
+    """One int64 per entry: its local expert, its k, and whether it begins a pair."""
+    return (expert * num_topk + k) * 2 + new_pair
+
+
+def plan_receives(codes: torch.Tensor, own: tuple[int, int], num_arrivals: int, spec: RoutingSpec) -> ReceivePlan:
+    """``codes [P]`` in the order (source rank, token, k); ``own`` is the range of this rank's own arrivals."""
+    device = codes.device
+    num_topk, num_local = spec.num_topk, spec.num_local_experts
+    new_arrival = codes & 1
+    k = (codes >> 1) % num_topk
+    expert = (codes >> 1) // num_topk
+    arrival = new_arrival.cumsum(0) - 1
+
+    counts = torch.bincount(expert, minlength=num_local)
+    alignment = spec.expert_alignment
+    padded = (counts + alignment - 1) // alignment * alignment
+    if spec.layout == "rank":
+        return _plan_rank_layout(expert, k, arrival, counts, num_arrivals, spec)
+
+    ends = padded.cumsum(0)
+    num_needed = int(ends[-1])
+    num_rows = num_needed if spec.max_recv_rows is None else spec.max_recv_rows
+    order = expert.argsort(stable=True)
+    sorted_expert = expert[order]
+    place = torch.arange(len(codes), device=device) - (counts.cumsum(0) - counts)[sorted_expert]
+    entry_rows = torch.empty_like(codes)
+    entry_rows[order] = (ends - padded)[sorted_expert] + place
+    entry_rows.clamp_(max=num_rows)
+    row_arrivals = torch.full((num_rows + 1,), -1, dtype=torch.int64, device=device)
+    row_arrivals[entry_rows] = arrival
+    row_arrivals[num_rows] = -1
+
+    kept = entry_rows < num_rows
+    position = kept.cumsum(0) - kept.long()  # kept entries before this one
+    first_entry = new_arrival.nonzero().flatten()
+    slot = position - position[first_entry][arrival]
+    range_of = (arrival >= own[0]).long() + (arrival >= own[1]).long()
+    starts = torch.tensor([0, *own], device=device)
+    sum_slots = _sum_lists(
+        (range_of * num_topk + slot)[kept],
+        (arrival - starts[range_of])[kept],
+        entry_rows[kept],
+        NUM_RANGES * num_topk,
+    )
+    splits = (ends.clamp(max=num_rows) - (ends - padded).clamp(max=num_rows)).cpu()
+    needed = ends[-1:].clone()
+    return ReceivePlan(counts, padded, row_arrivals[:num_rows], needed, splits, entry_rows, sum_slots)
+
+
+def _plan_rank_layout(
+    expert: torch.Tensor,
+    k: torch.Tensor,
+    arrival: torch.Tensor,
+    counts: torch.Tensor,
+    num_arrivals: int,
+    spec: RoutingSpec,
+) -> ReceivePlan:
+    num_topk = spec.num_topk
+    num_rows = num_arrivals if spec.max_recv_rows is None else spec.max_recv_rows
+    entry_rows = torch.where(arrival < num_rows, arrival * num_topk + k, num_rows * num_topk)
+    ids = torch.full((num_rows * num_topk + 1,), -1, dtype=torch.int64, device=expert.device)
+    ids[entry_rows] = expert
+    no_sums = SumLists(*(torch.zeros(0, dtype=torch.int64, device=expert.device),) * 3)
+    needed = torch.tensor([num_arrivals], device=expert.device)
+    ids = ids[: num_rows * num_topk].view(num_rows, num_topk).contiguous()
+    return ReceivePlan(counts, counts.clone(), ids, needed, counts.cpu(), entry_rows, no_sums)
+
+
+def _sum_lists(slots: torch.Tensor, targets: torch.Tensor, sources: torch.Tensor, num_slots: int) -> SumLists:
+    # Sorted by target within a pass: a pass that reaches every target is then a plain gather.
+    order = (slots * (int(targets.max()) + 1 if len(targets) else 1) + targets).argsort()
+    return SumLists(targets[order], sources[order], torch.bincount(slots, minlength=num_slots))
+
+
+def tensors_of(plan: SumLists | ReceivePlan) -> list[torch.Tensor]:
+    return [getattr(plan, field.name) for field in fields(plan)]

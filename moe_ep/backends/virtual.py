@@ -1,0 +1,130 @@
+"""Ranks as threads of one process: for tests, for laptops, for debugging with one debugger."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable
+
+import torch
+
+from ..errors import PeerTimeoutError
+from .alltoall import AllToAllBackend, Message
+
+
+class VirtualGroup:
+    """One rank's membership in a group of threads; made for all ranks at once by `create`."""
+
+    def __init__(self, rank: int, post_office: PostOffice) -> None:
+        self.rank = rank
+        self.size = post_office.size
+        self.post_office = post_office
+        self._channels = itertools.count()
+
+    def next_channel(self) -> int:
+        """A number for the messages of one communicator, equal on all ranks since all make communicators in one order."""
+        return next(self._channels)
+
+    @staticmethod
+    def create(world_size: int) -> list[VirtualGroup]:
+        post_office = PostOffice(world_size)
+        return [VirtualGroup(rank, post_office) for rank in range(world_size)]
+
+
+class PostOffice:
+    """Mailboxes between the ranks of a group: one queue of tensors for each (source, destination, channel)."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._changed = threading.Condition()
+        self._boxes: dict[tuple[int, int, int], deque[_Parcel]] = {}
+        self._failure: BaseException | None = None
+
+    def fail(self, error: BaseException) -> None:
+        """Wake every rank that waits; it raises `GroupFailed`. The first failure stands."""
+        with self._changed:
+            self._failure = self._failure or error
+            self._changed.notify_all()
+
+    def post(self, source: int, destination: int, channel: int, tensor: torch.Tensor) -> _Parcel:
+        parcel = _Parcel(tensor)
+        with self._changed:
+            self._boxes.setdefault((source, destination, channel), deque()).append(parcel)
+            self._changed.notify_all()
+        return parcel
+
+    def collect(self, source: int, destination: int, channel: int, deadline: float) -> _Parcel | None:
+        """The oldest parcel, or None when the deadline (of time.monotonic()) passes first."""
+        with self._changed:
+            box = self._boxes.setdefault((source, destination, channel), deque())
+            return box.popleft() if self._wait_for(lambda: bool(box), deadline) else None
+
+    def mark_read(self, parcel: _Parcel) -> None:
+        with self._changed:
+            parcel.read = True
+            self._changed.notify_all()
+
+    def wait_read(self, parcel: _Parcel, deadline: float) -> bool:
+        with self._changed:
+            return self._wait_for(lambda: parcel.read, deadline)
+
+    def _wait_for(self, ready, deadline: float) -> bool:
+        self._changed.wait_for(
+            lambda: ready() or self._failure is not None, max(0.0, deadline - time.monotonic())
+        )
+        if not ready() and self._failure is not None:
+            raise GroupFailed("another rank of this group has failed") from self._failure
+        return ready()
+
+
+class GroupFailed(RuntimeError):
+    """Raised in a rank that waits for others after one of them has failed."""
+
+
+class _Parcel:
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+        self.read = False
+
+
+class _Transfer:
+    def __init__(
+        self, backend: VirtualBackend, sent: list[tuple[int, _Parcel]], receives: list[Message], phase: str
+    ) -> None:
+        self._backend, self._sent, self._receives, self._phase = backend, sent, receives, phase
+
+    def wait(self) -> None:
+        backend = self._backend
+        office = backend.group.post_office
+        deadline = time.monotonic() + backend.timeout_s
+        missing = set()
+        for source, tensor in self._receives:
+            parcel = office.collect(source, backend.rank, backend.channel, deadline)
+            if parcel is None:
+                missing.add(source)
+                continue
+            tensor.copy_(parcel.tensor)
+            office.mark_read(parcel)
+        missing.update(
+            destination for destination, parcel in self._sent if not office.wait_read(parcel, deadline)
+        )
+        if missing:
+            raise PeerTimeoutError(missing, self._phase, f"waited {backend.timeout_s:g} s")
+
+
+class VirtualBackend(AllToAllBackend):
+    name = "virtual"
+    device = torch.device("cpu")
+
+    def __init__(self, group: VirtualGroup, channel: int, timeout_s: float) -> None:
+        self.group = group
+        self.rank, self.size = group.rank, group.size
+        self.channel = channel
+        self.timeout_s = timeout_s
+
+    def start(self, sends: Iterable[Message], receives: list[Message], phase: str) -> _Transfer:
+        office = self.group.post_office
+        sent = [(peer, office.post(self.rank, peer, self.channel, tensor)) for peer, tensor in sends]
+        return _Transfer(self, sent, receives, phase)

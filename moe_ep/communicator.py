@@ -1,0 +1,193 @@
+"""The ranks of an expert-parallel group, and how rows move between them."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import weakref
+
+import torch
+import torch.distributed as dist
+
+from . import env
+from .backends.base import Backend
+from .backends.collective import CollectiveBackend
+from .backends.virtual import VirtualBackend, VirtualGroup
+from .errors import BackendUnavailable, InvalidInput
+
+BACKENDS = ("auto", "collective", "virtual")
+MAX_EXPERTS = 1 << 16
+MAX_TOPK = 1 << 10
+
+_log = logging.getLogger("moe_ep")
+_ids = itertools.count()
+_live: weakref.WeakValueDictionary[int, Communicator] = weakref.WeakValueDictionary()
+
+
+class Communicator:
+    """The ranks of one expert-parallel group. Making one is collective: every rank of the group does, alike.
+
+    Args:
+        group: a torch.distributed ProcessGroup; a `VirtualGroup`; or None: torch.distributed's default group if it is
+            initialised, else this process alone.
+        hidden: H, the width of a token.
+        max_tokens_per_rank: the largest T of any call.
+        num_experts: E, the experts of all ranks together; rank r holds experts r * E/R to (r + 1) * E/R - 1.
+        num_topk: K, the columns of topk_idx.
+        backend: "auto", "collective" or "virtual".
+        num_sms: streaming multiprocessors for communication kernels; backends without kernels ignore it.
+        timeout_s: seconds after which a rank that does not answer is given up, with PeerTimeoutError.
+
+    Attributes: ``rank``, ``size`` (R), ``num_local_experts`` (L), ``closed``, and the arguments; ``backend`` is the
+    name of the one chosen.
+
+    Raises InvalidInput for bad numbers or when ranks disagree, BackendUnavailable when a backend asked for by name
+    can't run here.
+    """
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup | VirtualGroup | None = None,
+        *,
+        hidden: int,
+        max_tokens_per_rank: int,
+        num_experts: int,
+        num_topk: int,
+        backend: str = "auto",
+        num_sms: int | None = None,
+        timeout_s: float = 100.0,
+    ) -> None:
+        self.id = next(_ids)
+        self.closed = False
+        _check_positive(hidden=hidden, max_tokens_per_rank=max_tokens_per_rank, num_experts=num_experts)
+        _check_positive(num_topk=num_topk, timeout_s=timeout_s)
+        if num_sms is not None:
+            _check_positive(num_sms=num_sms)
+        if num_topk > min(num_experts, MAX_TOPK):
+            raise InvalidInput(
+                f"num_topk is {num_topk}; allowed are 1 to {min(num_experts, MAX_TOPK)} with num_experts={num_experts}"
+            )
+        if num_experts > MAX_EXPERTS:
+            raise InvalidInput(f"num_experts is {num_experts}; allowed are up to {MAX_EXPERTS}")
+        self._impl = _make_backend(backend, group, timeout_s)
+        if num_experts % self.size:
+            raise InvalidInput(
+                f"num_experts is {num_experts}, which {self.size} ranks can't share equally; use a multiple of {self.size}"
+            )
+        self.hidden = hidden
+        self.max_tokens_per_rank = max_tokens_per_rank
+        self.num_experts = num_experts
+        self.num_local_experts = num_experts // self.size
+        self.num_topk = num_topk
+        self.num_sms = num_sms
+        self.timeout_s = timeout_s
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
+        self._check_agreement()
+        _live[self.id] = self
+
+    @property
+    def rank(self) -> int:
+        return self._impl.rank
+
+    @property
+    def size(self) -> int:
+        return self._impl.size
+
+    @property
+    def backend(self) -> str:
+        return self._impl.name
+
+    def barrier(self) -> None:
+        """Return when every rank has called it. Raises PeerTimeoutError."""
+        self.check_open()
+        self._impl.all_gather(torch.zeros(1, dtype=torch.int64))
+
+    def close(self) -> None:
+        """Free the communicator's memory. Not collective; safe to call twice. Its handles become useless."""
+        if not self.closed:
+            self.closed = True
+            _live.pop(self.id, None)
+            self._impl.close()
+
+    def check_open(self) -> None:
+        if self.closed:
+            raise InvalidInput("this communicator is closed; make a new one")
+
+    def stream(self, device: torch.device) -> torch.cuda.Stream:
+        """The stream of asynchronous calls on a CUDA device."""
+        if device not in self._streams:
+            self._streams[device] = torch.cuda.Stream(device, priority=-1)
+        return self._streams[device]
+
+    def __enter__(self) -> Communicator:
+        return self
+
+    def __exit__(self, *_exc) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return (
+            f"Communicator(rank {self.rank} of {self.size}, {self.backend}, hidden={self.hidden}, "
+            f"num_experts={self.num_experts}, num_topk={self.num_topk})"
+        )
+
+    def _check_agreement(self) -> None:
+        """Ranks made with different numbers would misread each other's messages."""
+        names = ("hidden", "max_tokens_per_rank", "num_experts", "num_topk")
+        mine = torch.tensor([getattr(self, name) for name in names])
+        for rank, theirs in enumerate(self._impl.all_gather(mine).tolist()):
+            for name, value in zip(names, theirs, strict=True):
+                if value != getattr(self, name):
+                    raise InvalidInput(
+                        f"{name} is {getattr(self, name)} on rank {self.rank} but {value} on rank {rank}; "
+                        "all ranks must make the communicator alike"
+                    )
+
+
+def find(communicator_id: int) -> Communicator:
+    """The open communicator with this id."""
+    comm = _live.get(communicator_id)
+    if comm is None:
+        raise InvalidInput("the communicator that made this handle is closed or gone; keep it open while handles are in use")
+    return comm
+
+
+def _make_backend(name: str, group: object, timeout_s: float) -> Backend:
+    if name not in BACKENDS:
+        raise InvalidInput(f"backend is {name!r}; allowed are {', '.join(BACKENDS)}")
+    asked = name if name != "auto" else env.backend()
+    if asked not in BACKENDS:
+        raise InvalidInput(f"environment variable {env.BACKEND.name} is {asked!r}; allowed are {', '.join(BACKENDS)}")
+    if isinstance(group, VirtualGroup):
+        if asked not in ("auto", "virtual"):
+            raise BackendUnavailable(f"backend {asked!r} needs a torch.distributed group; group is a VirtualGroup")
+        return VirtualBackend(group, group.next_channel(), timeout_s)
+    if asked == "virtual":
+        raise BackendUnavailable(
+            "backend 'virtual' needs group=VirtualGroup, as moe_ep.testing.run_ranks makes for its threads; "
+            f"group is {type(group).__name__ if group is not None else None}"
+        )
+    if group is None and dist.is_available() and dist.is_initialized():
+        group = dist.group.WORLD
+    if group is not None and not isinstance(group, dist.ProcessGroup):
+        raise InvalidInput(
+            f"group is {type(group).__name__}; allowed are None, a torch.distributed ProcessGroup of which this process "
+            "is a member, and a moe_ep.backends.virtual.VirtualGroup"
+        )
+    backend = CollectiveBackend(group, _next_channel(group), timeout_s)
+    _log.info("backend %r: %d ranks over %s", backend.name, backend.size, backend.transport)
+    return backend
+
+
+_channels: weakref.WeakKeyDictionary[dist.ProcessGroup, itertools.count] = weakref.WeakKeyDictionary()
+
+
+def _next_channel(group: dist.ProcessGroup | None) -> int:
+    """A number for the messages of one communicator, equal on all ranks since all make communicators in one order."""
+    return next(_channels.setdefault(group, itertools.count())) if group is not None else 0
+
+
+def _check_positive(**numbers: float) -> None:
+    for name, value in numbers.items():
+        if not value > 0:
+            raise InvalidInput(f"{name} is {value!r}; it must be greater than 0")

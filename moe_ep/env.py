@@ -1,0 +1,50 @@
+"""The one place that reads the ``MOE_EP_*`` environment variables."""
+
+from __future__ import annotations
+
+import os
+from typing import NamedTuple
+
+from .errors import InvalidInput
+
+
+class Variable(NamedTuple):
+    name: str
+    default: str
+    meaning: str
+
+    @property
+    def current(self) -> str:
+        return os.environ.get(self.name, self.default)
+
+
+BACKEND = Variable(
+    "MOE_EP_BACKEND", "auto", "backend of communicators made with backend='auto': auto, collective or virtual"
+)
+CHECK = Variable(
+    "MOE_EP_CHECK", "0", "1: check expert ids on CUDA at once, with a host wait, instead of at the next sync"
+)
+EXTENSION = Variable(
+    "MOE_EP_EXTENSION", "1", "0: ignore the compiled extension and use plain torch for everything"
+)
+
+VARIABLES = [BACKEND, CHECK, EXTENSION]
+
+
+def _flag(variable: Variable) -> bool:
+    value = variable.current
+    if value not in ("0", "1"):
+        raise InvalidInput(f"environment variable {variable.name} is {value!r}; allowed are 0 and 1")
+    return value == "1"
+
+
+def backend() -> str:
+    return BACKEND.current
+
+
+def check() -> bool:
+    return _flag(CHECK)
+
+
+def extension() -> bool:
+    return _flag(EXTENSION)

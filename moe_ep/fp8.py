@@ -1,0 +1,158 @@
+"""FP8 tokens: 1x128 blocks of float8_e4m3fn with power-of-two scales.
+
+The formulas are those of Transformer Engine's block scaling recipe (``Float8BlockScaling``: 1x128 tiles, e4m3,
+power-of-two scales, no amax floor), so that the bytes equal its kernels' bit for bit:
+
+    amax      = max |x| over the tile; NaN ignored, Inf kept
+    scale     = 1 where amax is 0 or Inf, else 448 / amax rounded once to float32; an infinite quotient becomes
+                the largest finite value of the input dtype; then rounded down to a power of two
+    scale_inv = 1 / scale
+    q         = x * scale in float32, rounded to nearest even, saturated to +-448; NaN becomes 0x7F
+    x'        = q * scale_inv in float32, rounded once to the output dtype
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from .errors import InvalidInput
+
+BLOCK = 128
+E4M3_MAX = 448.0
+E4M3_NAN = 0x7F
+MODES = ("blockwise",)
+"""The values of every ``fp8=`` argument besides None."""
+
+_QUANTISABLE = (torch.bfloat16, torch.float16, torch.float32)
+_FLOAT32_EXPONENT_AND_SIGN = -(1 << 23)  # 0xFF800000 as int32
+
+
+@dataclass(frozen=True)
+class Fp8Tokens:
+    """Quantised tokens: ``data [M, H]`` float8_e4m3fn and ``scale_inv [M, ceil(H / 128)]`` float32.
+
+    Element ``[m, h]`` stands for ``data[m, h] * scale_inv[m, h // 128]``.
+
+    ``carrier``, if there is one, is an ``[M, H]`` tensor in the dtype before quantisation that has no memory of its
+    own (all strides are 0). Only its place in the autograd graph matters: the gradient of the tokens flows through it
+    unchanged (*straight-through*), in full precision.
+    """
+
+    data: torch.Tensor
+    scale_inv: torch.Tensor
+    carrier: torch.Tensor | None = None
+
+    def __post_init__(self) -> None:
+        data, scale_inv = self.data, self.scale_inv
+        if data.dtype != torch.float8_e4m3fn or data.dim() != 2:
+            raise InvalidInput(
+                f"Fp8Tokens.data is {data.dtype} of shape {tuple(data.shape)}; it must be torch.float8_e4m3fn [M, H]"
+            )
+        blocks = -(-data.shape[1] // BLOCK)
+        if scale_inv.dtype != torch.float32 or scale_inv.shape != (data.shape[0], blocks):
+            raise InvalidInput(
+                f"Fp8Tokens.scale_inv is {scale_inv.dtype} of shape {tuple(scale_inv.shape)}; it must be torch.float32 "
+                f"of shape {(data.shape[0], blocks)}: one scale for each {BLOCK} elements of a row of data"
+            )
+        if self.carrier is not None and self.carrier.shape != data.shape:
+            raise InvalidInput(
+                f"Fp8Tokens.carrier has shape {tuple(self.carrier.shape)}; it must be data's, {tuple(data.shape)}"
+            )
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.data.shape
+
+    @property
+    def device(self) -> torch.device:
+        return self.data.device
+
+    def dequantize(self, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        """The tokens as an ``[M, H]`` tensor of ``dtype``; its gradient goes to ``carrier`` unchanged."""
+        if self.carrier is None:
+            return dequantize(self.data, self.scale_inv, dtype)
+        return _Dequantize.apply(self.carrier, self.data, self.scale_inv, dtype)
+
+
+def quantize(x: torch.Tensor) -> Fp8Tokens:
+    """Quantise rows of ``x [M, H]`` (bfloat16, float16 or float32) in 1x128 blocks.
+
+    Differentiable straight-through: the gradient of the result's ``carrier`` is the gradient of ``x``.
+    Raises InvalidInput for another dtype or shape.
+    """
+    if x.dim() != 2 or x.dtype not in _QUANTISABLE:
+        raise InvalidInput(
+            f"quantize takes a [M, H] tensor of bfloat16, float16 or float32, not {x.dtype} of shape {tuple(x.shape)}"
+        )
+    return Fp8Tokens(*_Quantize.apply(x))
+
+
+def dequantize(data: torch.Tensor, scale_inv: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """``data * scale_inv`` by blocks in float32, rounded once to ``dtype``; ``[M, H]``. Not differentiable."""
+    return dequantize_torch(data, scale_inv, dtype)
+
+
+def quantize_torch(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The formulas of this module's docstring in plain torch: ``x [M, H]`` -> ``(data, scale_inv)``."""
+    num_rows, hidden = x.shape
+    blocks = -(-hidden // BLOCK)
+    tiles = F.pad(x.float(), (0, blocks * BLOCK - hidden)).view(num_rows, blocks, BLOCK)
+
+    magnitude = tiles.abs()
+    amax = torch.where(magnitude.isnan(), 0.0, magnitude).amax(dim=-1)
+    scale = _scale_from_amax(amax, largest=torch.finfo(x.dtype).max)
+
+    scaled = tiles * scale.unsqueeze(-1)
+    # NOTE: torch's own cast neither saturates nor drops the sign of a NaN, CUDA's does both.
+    data = scaled.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).view(torch.uint8)
+    data = data.masked_fill(scaled.isnan(), E4M3_NAN).view(torch.float8_e4m3fn)
+    data = data.view(num_rows, blocks * BLOCK)[:, :hidden].contiguous()
+    return data, torch.ones_like(scale) / scale
+
+
+def _scale_from_amax(amax: torch.Tensor, largest: float) -> torch.Tensor:
+    unscaled = (amax == 0) | amax.isinf()
+    # NOTE: number / tensor would be reciprocal() * number in torch, which rounds twice; tensor / tensor rounds once.
+    scale = torch.full_like(amax, E4M3_MAX) / amax
+    scale = torch.where(scale.isinf(), largest, scale)
+    power_of_two = (scale.view(torch.int32) & _FLOAT32_EXPONENT_AND_SIGN).view(torch.float32)
+    return torch.where(unscaled, 1.0, power_of_two)
+
+
+def dequantize_torch(data: torch.Tensor, scale_inv: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """``dequantize`` in plain torch."""
+    num_rows, hidden = data.shape
+    blocks = scale_inv.shape[1]
+    tiles = F.pad(data.float(), (0, blocks * BLOCK - hidden)).view(num_rows, blocks, BLOCK)
+    return (tiles * scale_inv.unsqueeze(-1)).view(num_rows, blocks * BLOCK)[:, :hidden].to(dtype)
+
+
+def make_carrier(like: torch.Tensor, shape: tuple[int, ...] | torch.Size) -> torch.Tensor:
+    """A tensor of ``shape`` in the dtype of ``like`` without memory of its own."""
+    return like.new_zeros(()).expand(shape)
+
+
+class _Quantize(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        data, scale_inv = quantize_torch(x)
+        ctx.mark_non_differentiable(data, scale_inv)
+        return data, scale_inv, make_carrier(x, x.shape)
+
+    @staticmethod
+    def backward(ctx, _grad_data, _grad_scale_inv, grad_carrier):
+        return grad_carrier
+
+
+class _Dequantize(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, carrier, data, scale_inv, dtype):
+        ctx.dtype = carrier.dtype
+        return dequantize(data, scale_inv, dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.to(ctx.dtype), None, None, None

@@ -1,0 +1,277 @@
+"""dispatch and combine, differentiable.
+
+Both are linear and each is the other's transpose, so the backward of either is the other with the same handle: no
+routing is exchanged and the host waits for nothing. They are differentiable any number of times.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from . import ops
+from .backends.base import Part, Routing, RoutingSpec
+from .communicator import Communicator, find
+from .errors import InvalidInput
+from .fp8 import Fp8Tokens, make_carrier, quantize
+from .handle import DispatchHandle, DispatchOutput
+from .streams import Event, finish, side_stream
+from .validate import (
+    check_biases,
+    check_fp8_mode,
+    check_fp8_tokens,
+    check_handle,
+    check_layout,
+    check_num_tokens,
+    check_tokens,
+    check_topk_idx,
+    check_topk_weights,
+)
+
+
+def dispatch(
+    x: torch.Tensor | Fp8Tokens,
+    topk_idx: torch.Tensor | None,
+    topk_weights: torch.Tensor | None,
+    comm: Communicator,
+    *,
+    layout: str = "expert",
+    expert_alignment: int = 1,
+    fp8: str | None = None,
+    max_recv_rows: int | None = None,
+    handle: DispatchHandle | None = None,
+) -> DispatchOutput:
+    """Send every token to the ranks that hold its experts. Collective: all ranks of ``comm`` call it.
+
+    Args:
+        x: tokens ``[T, H]``, float64, float32, bfloat16 or float16, contiguous; or Fp8Tokens. T may differ by rank
+            and may be 0.
+        topk_idx: the experts of each token, int64 or int32 ``[T, K]``, -1 for none; distinct within a token. None
+            with ``handle``.
+        topk_weights: float32 ``[T, K]`` (or float64 beside a float64 x); travels with the tokens. May be None.
+        layout: "expert": one row for each (token, local expert), grouped by expert, inside an expert by
+            (source rank, source token), ready for a grouped matmul. "rank": one row for each token that has any
+            expert here, by (source rank, source token), with local expert ids.
+        expert_alignment: every expert's rows begin at a multiple of this; the gaps are zeros with weight 0.
+        fp8: "blockwise": quantise x first, so that FP8 travels; the result's tokens are Fp8Tokens.
+        max_recv_rows: None: exactly as many rows as arrive, for which the host waits. A number: always that many
+            rows, the tail zero; rows that don't fit are dropped and ``handle.raise_if_overflow()`` says so.
+        handle: of an earlier dispatch on this communicator: the same routing again, without exchanging it.
+
+    Returns: DispatchOutput. The gradient of x is the `combine` of the tokens' gradient; the gradient of
+    ``topk_weights[t, k]`` is that of the one row weight made from it, 0 where there is none.
+
+    Raises InvalidInput before anything is sent, PeerTimeoutError when a rank does not answer.
+    """
+    comm.check_open()
+    check_fp8_mode("fp8", fp8)
+    if isinstance(x, Fp8Tokens):
+        check_fp8_tokens("x", x, comm)
+        weights_beside = torch.float32 if x.carrier is None else x.carrier.dtype
+    else:
+        check_tokens("x", x, comm)
+        weights_beside = x.dtype
+    num_tokens = x.shape[0]
+    check_num_tokens(num_tokens, comm)
+    if topk_weights is not None:
+        check_topk_weights(topk_weights, num_tokens, weights_beside, x.device, comm)
+    if handle is None:
+        check_layout(layout, expert_alignment, max_recv_rows)
+        if topk_idx is None:
+            raise InvalidInput("topk_idx is None; give the experts of each token, or the handle of an earlier dispatch")
+        check_topk_idx(topk_idx, num_tokens, x.device, comm)
+    else:
+        _check_reuse(handle, comm, topk_idx, num_tokens)
+    if fp8 is not None and not isinstance(x, Fp8Tokens):
+        x = quantize(x)
+        check_fp8_tokens("x", x, comm)
+
+    with torch.profiler.record_function("moe_ep.dispatch"):
+        if handle is None:
+            spec = RoutingSpec(
+                comm.num_experts,
+                comm.num_local_experts,
+                comm.num_topk,
+                layout,
+                expert_alignment,
+                max_recv_rows,
+            )
+            with torch.no_grad():
+                handle = DispatchHandle(comm.id, spec, num_tokens, ops.plan(topk_idx, comm.id, spec))
+        if isinstance(x, Fp8Tokens):
+            carrier = make_carrier(x.data.new_empty(0, dtype=torch.bfloat16), x.shape) if x.carrier is None else x.carrier
+            data, scale_inv, carrier, weights = _DispatchFp8.apply(
+                x.data, x.scale_inv, carrier, topk_weights, handle
+            )
+            tokens = Fp8Tokens(data, scale_inv, carrier)
+        else:
+            tokens, weights = _Dispatch.apply(x, topk_weights, handle, None)
+    ids = handle.state[Routing.ROWS] if handle.layout == "rank" else None
+    return DispatchOutput(tokens, weights, ids, handle)
+
+
+def combine(
+    expert_rows: torch.Tensor,
+    handle: DispatchHandle,
+    *,
+    bias: torch.Tensor | tuple[torch.Tensor, ...] | None = None,
+    fp8_backward: str | None = None,
+) -> torch.Tensor:
+    """Bring rows back to the ranks of their tokens and add them up, unweighted. Collective.
+
+    Args:
+        expert_rows: ``[N, H]``, row for row what the dispatch gave; contiguous. Padding rows are never read.
+        handle: of that dispatch.
+        bias: one or more ``[T, H]`` tensors of expert_rows' dtype, which the sums start from.
+        fp8_backward: "blockwise": the gradient travels as FP8.
+
+    Returns: ``[T, H]`` in expert_rows' dtype; zeros (or the bias) for a token without experts. Sums are taken in
+    float32 (float64 for float64): inside a rank by ascending k and rounded to the dtype, then over ranks by the
+    highest k each served, and rounded once. The gradient of expert_rows is the `dispatch` of the result's.
+
+    Raises InvalidInput before anything is sent, PeerTimeoutError when a rank does not answer.
+    """
+    if not isinstance(handle, DispatchHandle):
+        raise InvalidInput(f"handle is a {type(handle).__name__}; it must be the handle of a dispatch")
+    comm = find(handle.communicator_id)
+    check_fp8_mode("fp8_backward", fp8_backward)
+    check_tokens("expert_rows", expert_rows, comm, handle.num_rows)
+    biases = () if bias is None else (bias,) if isinstance(bias, torch.Tensor) else tuple(bias)
+    check_biases(biases, expert_rows, handle.num_tokens)
+    with torch.profiler.record_function("moe_ep.combine"):
+        y, _ = _Combine.apply(expert_rows, None, handle, fp8_backward, *biases)
+    return y
+
+
+def dispatch_async(
+    x: torch.Tensor | Fp8Tokens,
+    topk_idx: torch.Tensor | None,
+    topk_weights: torch.Tensor | None,
+    comm: Communicator,
+    **options,
+) -> tuple[DispatchOutput, Event]:
+    """`dispatch` on the communicator's own stream; use the output after ``event.wait()``.
+
+    On a CPU the call has ended when it returns.
+    """
+    with side_stream(comm, x.device) as stream:
+        out = dispatch(x, topk_idx, topk_weights, comm, **options)
+    inputs = [*_tensors(x), topk_idx, topk_weights]
+    results = [*_tensors(out.tokens), out.weights, *out.handle.state]
+    return out, finish(stream, inputs, results)
+
+
+def combine_async(expert_rows: torch.Tensor, handle: DispatchHandle, **options) -> tuple[torch.Tensor, Event]:
+    """`combine` on the communicator's own stream; use the output after ``event.wait()``."""
+    with side_stream(find(handle.communicator_id), expert_rows.device) as stream:
+        y = combine(expert_rows, handle, **options)
+    return y, finish(stream, [expert_rows], [y])
+
+
+class _Dispatch(torch.autograd.Function):
+    """x [T, H], weights [T, K] or None -> rows [N, H], row weights or None."""
+
+    @staticmethod
+    def forward(ctx, x, weights, handle, wire_fp8):
+        ctx.handle = handle
+        ctx.set_materialize_grads(False)
+        ctx.rows_dtype, ctx.rows_shape = x.dtype, (handle.num_rows, x.shape[1])
+        ctx.weights_dtype = weights.dtype if ctx.needs_input_grad[1] else None
+        if wire_fp8 is None:
+            parts = [Part(x)]
+        else:
+            tokens = quantize(x)
+            parts = [Part(tokens.data.view(torch.uint8)), Part(tokens.scale_inv, padding=1.0)]
+        rows, row_weights = ops.dispatch(parts, weights, handle.communicator_id, handle.spec, handle.state)
+        if wire_fp8 is None:
+            return rows[0], row_weights
+        return Fp8Tokens(rows[0].view(torch.float8_e4m3fn), rows[1]).dequantize(x.dtype), row_weights
+
+    @staticmethod
+    def backward(ctx, grad_rows, grad_row_weights):
+        with torch.profiler.record_function("moe_ep.dispatch.backward"):
+            return *_transpose(ctx, grad_rows, grad_row_weights, ctx.weights_dtype), None, None
+
+
+class _DispatchFp8(torch.autograd.Function):
+    """Quantised tokens; the gradient takes the carriers' way, which is _Dispatch's."""
+
+    @staticmethod
+    def forward(ctx, data, scale_inv, carrier, weights, handle):
+        ctx.handle = handle
+        ctx.set_materialize_grads(False)
+        ctx.rows_dtype, ctx.rows_shape = carrier.dtype, (handle.num_rows, data.shape[1])
+        ctx.weights_dtype = weights.dtype if ctx.needs_input_grad[3] else None
+        parts = [Part(data.view(torch.uint8)), Part(scale_inv, padding=1.0)]
+        rows, row_weights = ops.dispatch(parts, weights, handle.communicator_id, handle.spec, handle.state)
+        data, scale_inv = rows[0].view(torch.float8_e4m3fn), rows[1]
+        ctx.mark_non_differentiable(data, scale_inv)
+        return data, scale_inv, make_carrier(carrier, (handle.num_rows, data.shape[1])), row_weights
+
+    @staticmethod
+    def backward(ctx, _grad_data, _grad_scale_inv, grad_rows, grad_row_weights):
+        with torch.profiler.record_function("moe_ep.dispatch.backward"):
+            grad_x, grad_weights = _transpose(ctx, grad_rows, grad_row_weights, ctx.weights_dtype)
+        return None, None, grad_x, grad_weights, None
+
+
+def _transpose(ctx, grad_rows, grad_row_weights, weights_dtype):
+    """The combine that is the backward of a dispatch.
+
+    It is collective, so what it sends may not depend on which gradients happen to exist on this rank.
+    """
+    meta = ctx.handle.state[Routing.ROWS]
+    if grad_rows is None:
+        grad_rows = meta.new_zeros(ctx.rows_shape, dtype=ctx.rows_dtype)
+    if weights_dtype is None:
+        grad_row_weights = None
+    elif grad_row_weights is None:
+        grad_row_weights = meta.new_zeros(meta.shape, dtype=weights_dtype)
+    else:
+        grad_row_weights = grad_row_weights.contiguous()
+    return _Combine.apply(grad_rows.contiguous(), grad_row_weights, ctx.handle, None)
+
+
+class _Combine(torch.autograd.Function):
+    """rows [N, H], row weights or None -> sums [T, H], weights [T, K] or None."""
+
+    @staticmethod
+    def forward(ctx, rows, row_weights, handle, wire_fp8, *biases):
+        ctx.handle = handle
+        ctx.wire_fp8 = wire_fp8
+        ctx.num_biases = len(biases)
+        ctx.weights_dtype = row_weights.dtype if ctx.needs_input_grad[1] else None
+        ctx.sums_dtype, ctx.sums_shape = rows.dtype, (handle.num_tokens, rows.shape[1])
+        ctx.set_materialize_grads(False)
+        return ops.combine(
+            rows, row_weights, biases, handle.communicator_id, handle.spec, handle.state, handle.num_tokens
+        )
+
+    @staticmethod
+    def backward(ctx, grad_y, grad_weights):
+        meta = ctx.handle.state[Routing.ROWS]
+        if grad_y is None:
+            grad_y = meta.new_zeros(ctx.sums_shape, dtype=ctx.sums_dtype)
+        if ctx.weights_dtype is None:
+            grad_weights = None
+        elif grad_weights is None:
+            shape = ctx.handle.num_tokens, ctx.handle.spec.num_topk
+            grad_weights = meta.new_zeros(shape, dtype=ctx.weights_dtype)
+        else:
+            grad_weights = grad_weights.contiguous()
+        with torch.profiler.record_function("moe_ep.combine.backward"):
+            grads = _Dispatch.apply(grad_y.contiguous(), grad_weights, ctx.handle, ctx.wire_fp8)
+        return *grads, None, None, *[grad_y] * ctx.num_biases
+
+
+def _check_reuse(
+    handle: DispatchHandle, comm: Communicator, topk_idx: torch.Tensor | None, num_tokens: int
+) -> None:
+    check_handle(handle, comm)
+    if topk_idx is not None:
+        raise InvalidInput("topk_idx and handle are both given; a handle already holds its routing, so pass topk_idx=None")
+    if num_tokens != handle.num_tokens:
+        raise InvalidInput(f"x has {num_tokens} tokens; this handle's dispatch had {handle.num_tokens}")
+
+
+def _tensors(tokens: torch.Tensor | Fp8Tokens) -> list[torch.Tensor]:
+    return [tokens.data, tokens.scale_inv] if isinstance(tokens, Fp8Tokens) else [tokens]

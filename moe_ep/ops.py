@@ -1,0 +1,145 @@
+"""The three operators under torch.ops.moe_ep, opaque to torch.compile.
+
+They are linear in their differentiable inputs and know nothing of autograd; `functional` pairs them. In eager mode
+the backend is called directly, which spares the dispatcher's time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from . import env
+from .backends.base import Part, Routing, RoutingSpec
+from .communicator import find
+from .validate import check_ids
+
+SpecNumbers = tuple[int, str, int, int | None]
+
+
+def plan(topk_idx: torch.Tensor, communicator_id: int, spec: RoutingSpec) -> tuple[torch.Tensor, ...]:
+    """Exchange the routing; the state of a handle."""
+    call = torch.ops.moe_ep.plan if torch.compiler.is_compiling() else _plan
+    return tuple(call(topk_idx, communicator_id, *_numbers(spec)))
+
+
+def dispatch(
+    parts: Sequence[Part],
+    weights: torch.Tensor | None,
+    communicator_id: int,
+    spec: RoutingSpec,
+    state: Sequence[torch.Tensor],
+) -> tuple[list[torch.Tensor], torch.Tensor | None]:
+    if torch.compiler.is_compiling():
+        out = torch.ops.moe_ep.dispatch(
+            [p.rows for p in parts],
+            [p.padding for p in parts],
+            weights,
+            list(state),
+            communicator_id,
+            *_numbers(spec),
+        )
+        return out[: len(parts)], out[-1] if weights is not None else None
+    return find(communicator_id)._impl.dispatch(parts, weights, state, spec)
+
+
+def combine(
+    rows: torch.Tensor,
+    row_weights: torch.Tensor | None,
+    biases: Sequence[torch.Tensor],
+    communicator_id: int,
+    spec: RoutingSpec,
+    state: Sequence[torch.Tensor],
+    num_tokens: int,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    if torch.compiler.is_compiling():
+        y, topk_weights = torch.ops.moe_ep.combine(
+            rows, row_weights, list(biases), list(state), num_tokens, communicator_id, *_numbers(spec)
+        )
+        return y, topk_weights if row_weights is not None else None
+    return find(communicator_id)._impl.combine(rows, row_weights, biases, state, spec, num_tokens)
+
+
+def _numbers(spec: RoutingSpec) -> tuple[int, int, int, str, int, int | None]:
+    """A RoutingSpec as an operator's arguments, in the order of its fields."""
+    return (
+        spec.num_experts,
+        spec.num_local_experts,
+        spec.num_topk,
+        spec.layout,
+        spec.expert_alignment,
+        spec.max_recv_rows,
+    )
+
+
+_SPEC = "int num_experts, int num_local_experts, int num_topk, str layout, int expert_alignment, int? max_recv_rows"
+_library = torch.library.Library("moe_ep", "DEF")
+_library.define(f"plan(Tensor topk_idx, int communicator_id, {_SPEC}) -> Tensor[]")
+_library.define(
+    "dispatch(Tensor[] rows, float[] padding, Tensor? weights, Tensor[] state, "
+    f"int communicator_id, {_SPEC}) -> Tensor[]"
+)
+_library.define(
+    "combine(Tensor rows, Tensor? row_weights, Tensor[] biases, Tensor[] state, SymInt num_tokens, "
+    f"int communicator_id, {_SPEC}) -> (Tensor, Tensor)"
+)
+
+
+def _plan(topk_idx: torch.Tensor, communicator_id: int, *numbers) -> list[torch.Tensor]:
+    spec = RoutingSpec(*numbers)
+    if topk_idx.device.type == "cpu" or env.check():
+        check_ids(topk_idx, spec.num_experts)
+    return find(communicator_id)._impl.plan(topk_idx, spec)
+
+
+def _dispatch_op(rows, padding, weights, state, communicator_id, *numbers):
+    parts = [Part(r, p) for r, p in zip(rows, padding, strict=True)]
+    out, row_weights = find(communicator_id)._impl.dispatch(parts, weights, state, RoutingSpec(*numbers))
+    return [*out, rows[0].new_empty(0) if row_weights is None else row_weights]
+
+
+def _combine_op(rows, row_weights, biases, state, num_tokens, communicator_id, *numbers):
+    y, topk_weights = find(communicator_id)._impl.combine(
+        rows, row_weights, biases, state, RoutingSpec(*numbers), num_tokens
+    )
+    return y, rows.new_empty(0) if topk_weights is None else topk_weights
+
+
+_library.impl("plan", _plan, "CompositeExplicitAutograd")
+_library.impl("dispatch", _dispatch_op, "CompositeExplicitAutograd")
+_library.impl("combine", _combine_op, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("moe_ep::plan", lib=_library)
+def _plan_fake(topk_idx, communicator_id, *numbers):
+    spec = RoutingSpec(*numbers)
+    context = torch.library.get_ctx()
+    per_expert = [topk_idx.new_empty(spec.num_local_experts, dtype=torch.int64) for _ in range(2)]
+    num_rows = context.new_dynamic_size() if spec.max_recv_rows is None else spec.max_recv_rows
+    shape = (num_rows, spec.num_topk) if spec.layout == "rank" else (num_rows,)
+    rows = topk_idx.new_empty(shape, dtype=torch.int64)
+    needed = topk_idx.new_empty(1, dtype=torch.int64)
+    splits = torch.empty(spec.num_local_experts, dtype=torch.int64, device="cpu")
+    known = [*per_expert, rows, needed, splits]
+    impl = find(communicator_id)._impl
+    rest = []
+    for device in impl.state_devices(topk_idx.device)[len(known) :]:
+        rest.append(torch.empty(context.new_dynamic_size(), dtype=torch.int64, device=device))
+    return known + rest
+
+
+@torch.library.register_fake("moe_ep::dispatch", lib=_library)
+def _dispatch_fake(rows, padding, weights, state, communicator_id, *numbers):
+    meta = state[Routing.ROWS]
+    out = [r.new_empty(meta.shape[0], *r.shape[1:]) for r in rows]
+    return [*out, rows[0].new_empty(0) if weights is None else weights.new_empty(meta.shape)]
+
+
+@torch.library.register_fake("moe_ep::combine", lib=_library)
+def _combine_fake(rows, row_weights, biases, state, num_tokens, communicator_id, *numbers):
+    spec = RoutingSpec(*numbers)
+    y = rows.new_empty(num_tokens, *rows.shape[1:])
+    if row_weights is None:
+        return y, rows.new_empty(0)
+    return y, row_weights.new_empty(num_tokens, spec.num_topk)
