@@ -1,0 +1,11 @@
+"""Shared by all tests: ``cases``, ``exercise`` and ``processes`` beside this file can be imported from any test."""
+
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+# Virtual ranks are threads and gloo ranks are processes: a thread pool in each would only fight over the cores.
+torch.set_num_threads(1)
