@@ -55,7 +55,7 @@ class BuildWithNvcc(build_ext):
         command = [nvcc, *self._compile_flags(archs)]
         objects_dir = ROOT / "build" / "csrc"
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            objects = list(pool.map(lambda source: _compile(command, Path(source), objects_dir), ext.sources))
+            objects = list(pool.map(lambda source: _compile(command, ROOT / source, objects_dir), ext.sources))
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
         # -cudart static: nothing of CUDA has to be found when the module is imported.
@@ -119,7 +119,7 @@ def extensions() -> list[Extension]:
             print("moe_ep: no nvcc found, so the package is built without CUDA kernels", file=sys.stderr)
         return []
     sources = sorted(path for pattern in ("*.cu", "*.cpp") for path in CSRC.rglob(pattern))
-    return [Extension("moe_ep._C", [str(path) for path in sources])]
+    return [Extension("moe_ep._C", [path.relative_to(ROOT).as_posix() for path in sources])]
 
 
 setup(

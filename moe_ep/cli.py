@@ -1,6 +1,6 @@
 """The command ``moe-ep``; also ``python -m moe_ep.cli``.
 
-A command is a module with ``HELP`` (its description), ``add_arguments(parser)`` and ``run(args)`` -> exit code.
+A command is a module with ``HELP``, its description, ``add_arguments(parser)`` and ``run(args) -> int``.
 Only the chosen command's module is imported: what one command needs neither slows nor breaks another.
 """
 

@@ -120,8 +120,8 @@ def _gpus() -> Iterable[Fact]:
         yield Fact(
             section,
             f"cuda:{index}",
-            f"{device.name}, {device.total_memory / 2**30:.0f} GiB, {device.multi_processor_count} multiprocessors, "
-            f"compute capability {device.major}.{device.minor}",
+            f"{device.name}, compute capability {device.major}.{device.minor}, "
+            f"{device.total_memory / 2**30:.0f} GiB, {device.multi_processor_count} multiprocessors",
             ok=True,
         )
     if count > 1:
@@ -146,12 +146,9 @@ def _kernels() -> Iterable[Fact]:
         yield Fact(section, "nvcc", "not found", remedy="install the CUDA toolkit to build moe_ep's kernels")
     module = _extension.load()
     if module is None:
+        ok = False if torch.cuda.is_available() else None
         yield Fact(
-            section,
-            "moe_ep._C",
-            f"missing: {_extension.why_missing()}",
-            ok=False,
-            remedy="see docs/install.md",
+            section, "moe_ep._C", f"missing: {_extension.why_missing()}", ok, remedy="see docs/install.md"
         )
         return
     major, minor = module.CUDA_VERSION // 1000, module.CUDA_VERSION % 1000 // 10
