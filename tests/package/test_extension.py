@@ -1,0 +1,101 @@
+"""The compiled module moe_ep._C where it can be built, and its absence in words where it can't."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import moe_ep
+from moe_ep import _extension
+
+CSRC = Path(__file__).parents[2] / "csrc"
+SOURCES = sorted(path for path in CSRC.rglob("*") if path.suffix in {".h", ".cuh", ".cu", ".cpp"})
+
+
+@pytest.fixture
+def module():
+    if shutil.which("nvcc") is None:
+        pytest.skip("no nvcc, so no extension")
+    if os.environ.get("MOE_EP_BUILD_CUDA") == "0" or os.environ.get("MOE_EP_EXTENSION") == "0":
+        pytest.skip("the extension is switched off by an environment variable")
+    module = _extension.load()
+    assert module is not None, _extension.why_missing()
+    return module
+
+
+def test_says_what_it_was_built_for(module):
+    printed = subprocess.run(["nvcc", "--version"], check=True, capture_output=True, text=True).stdout
+    major, minor = map(int, re.search(r"release (\d+)\.(\d+)", printed).groups())
+    assert module.CUDA_VERSION == 1000 * major + 10 * minor
+    assert module.ARCHS == os.environ.get("MOE_EP_CUDA_ARCHS", "90a")
+    assert module.__version__ == moe_ep.__version__
+    assert _extension.why_missing() is None
+
+
+def test_loads_without_torch_and_without_a_gpu(module):
+    code = (
+        "import importlib.util, sys;"
+        f"spec = importlib.util.spec_from_file_location('_C', {module.__file__!r});"
+        "spec.loader.exec_module(importlib.util.module_from_spec(spec));"
+        "assert 'torch' not in sys.modules"
+    )
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_no_rows_is_no_launch(module):
+    bf16 = module.DType.bfloat16
+    module.quantize_rowwise(x=0, dtype=bf16, rows=0, cols=128, data=0, scale_inv=0, stream=0)
+    module.dequantize_rowwise(data=0, scale_inv=0, rows=0, cols=128, out=0, dtype=bf16, stream=0)
+
+
+def test_bad_arguments_are_value_errors(module):
+    arguments = {
+        "x": 16,
+        "dtype": module.DType.float32,
+        "cols": 128,
+        "data": 16,
+        "scale_inv": 16,
+        "stream": 0,
+    }
+    with pytest.raises(ValueError, match="rows and cols must be >= 0, got -1 and 128"):
+        module.quantize_rowwise(rows=-1, **arguments)
+    with pytest.raises(ValueError, match="must not be null for 2 x 128 elements"):
+        module.quantize_rowwise(rows=2, **{**arguments, "data": 0})
+    with pytest.raises(ValueError, match="thread blocks"):
+        module.quantize_rowwise(rows=2**40, **arguments)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, so a launch does not fail")
+def test_a_failed_launch_is_a_runtime_error(module):
+    with pytest.raises(RuntimeError, match="launching quantize_rowwise: cudaError"):
+        module.quantize_rowwise(
+            x=16, dtype=module.DType.float32, rows=1, cols=128, data=16, scale_inv=16, stream=0
+        )
+
+
+def test_switched_off_by_environment(monkeypatch):
+    monkeypatch.setenv("MOE_EP_EXTENSION", "0")
+    assert _extension.load() is None
+    assert "MOE_EP_EXTENSION=0" in _extension.why_missing()
+
+
+def test_sources_include_neither_torch_nor_locale_users():
+    # Where libstdc++ is linked statically, its locale machinery must not meet the copy that torch brings.
+    forbidden = re.compile(
+        r"#include\s*[<\"](torch|ATen|c10|iostream|ostream|istream|sstream|fstream|iomanip|locale|regex)\b"
+    )
+    assert len(SOURCES) > 4
+    for path in SOURCES:
+        assert not forbidden.search(path.read_text()), path
+
+
+def test_sources_never_ask_for_fast_math():
+    build = (CSRC.parent / "setup.py").read_text()
+    assert not re.search(r"fast.?math|ftz=true|prec-div=false", build)
