@@ -1,0 +1,40 @@
+"""The SwiGLU feed-forward of dense blocks, and of the expert that every token visits."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class FeedForward(nn.Module):
+    """``down(silu(gate(x)) * up(x))`` (SwiGLU, arXiv:2002.05202), with gate and up in one matrix.
+
+    Parameters: ``gate_up.weight [2F, H]`` (gate rows first), ``down.weight [H, F]``.
+    """
+
+    def __init__(
+        self,
+        hidden: int,
+        ffn_hidden: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.gate_up = nn.Linear(hidden, 2 * ffn_hidden, bias=False, device=device, dtype=dtype)
+        self.down = nn.Linear(ffn_hidden, hidden, bias=False, device=device, dtype=dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``x [..., H]`` -> ``[..., H]``."""
+        return self.down(swiglu(self.gate_up(x)))
+
+
+class SharedExperts(FeedForward):
+    """The shared expert of an MoE layer; several shared experts are one of their summed width."""
+
+
+def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
+    """``silu(gate) * up`` for ``gate_up [..., 2F]``, gate first; ``[..., F]``."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up

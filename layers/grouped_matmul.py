@@ -1,0 +1,102 @@
+"""One matrix product per expert over rows that are sorted by expert, as one differentiable operation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch.autograd.function import once_differentiable
+
+
+def grouped_matmul(
+    rows_NI: torch.Tensor,
+    weight_LOI: torch.Tensor,
+    tokens_per_expert: torch.Tensor,
+    splits: Sequence[int] | None = None,
+) -> torch.Tensor:
+    """``out[rows of expert e] = rows[rows of expert e] @ weight[e].T``: ``[N, I]``, ``[L, O, I]`` -> ``[N,
+    O]``.
+
+    Expert ``e`` owns ``tokens_per_expert[e]`` consecutive rows, in order of ``e``. ``splits`` says the same
+    on the host; without it, and without torch's grouped matmul, the counts are fetched, which waits for the
+    device. Rows past the last expert's, which only static sizes have, come out undefined and get an undefined
+    gradient: nothing may read them. An expert without rows gets a zero weight gradient.
+
+    CUDA bfloat16 runs torch's grouped matmul if ``I`` and ``O`` are multiples of 8 (it wants 16-byte
+    strides); all else a loop of plain products.
+    """
+    if uses_grouped_mm(rows_NI, weight_LOI):
+        ends = tokens_per_expert.cumsum(0).clamp(max=rows_NI.shape[0]).to(torch.int32)
+        return _GroupedMatmul.apply(rows_NI.contiguous(), weight_LOI, ends)
+    if splits is None:
+        splits = tokens_per_expert.tolist()
+    return _LoopedMatmul.apply(rows_NI, weight_LOI, tuple(_segments(splits, rows_NI.shape[0])))
+
+
+def uses_grouped_mm(rows_NI: torch.Tensor, weight_LOI: torch.Tensor) -> bool:
+    """Whether torch's grouped matmul takes these tensors."""
+    _, out_features, in_features = weight_LOI.shape
+    return (
+        rows_NI.is_cuda
+        and rows_NI.dtype == weight_LOI.dtype == torch.bfloat16
+        and rows_NI.shape[0] > 0
+        and out_features % 8 == in_features % 8 == 0
+        and torch.cuda.get_device_capability(rows_NI.device) >= (8, 0)
+    )
+
+
+def _segments(splits: Sequence[int], num_rows: int) -> list[tuple[int, int]]:
+    """Start and end row of each expert, cut off at ``num_rows``."""
+    bounds, start = [], 0
+    for size in splits:
+        end = min(start + size, num_rows)
+        bounds.append((start, end))
+        start = end
+    return bounds
+
+
+class _GroupedMatmul(torch.autograd.Function):
+    # NOTE: torch's own derivative of grouped_mm refuses expanded gradients, which y.sum().backward() makes.
+    @staticmethod
+    def forward(ctx, rows_NI, weight_LOI, ends):
+        ctx.save_for_backward(rows_NI, weight_LOI, ends)
+        return torch.nn.functional.grouped_mm(rows_NI, weight_LOI.transpose(1, 2), offs=ends)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_NO):
+        rows_NI, weight_LOI, ends = ctx.saved_tensors
+        grad_NO = grad_NO.contiguous()
+        grad_rows = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            grad_rows = torch.nn.functional.grouped_mm(grad_NO, weight_LOI, offs=ends)
+        if ctx.needs_input_grad[1]:
+            grad_weight = torch.nn.functional.grouped_mm(grad_NO.t(), rows_NI, offs=ends)
+        return grad_rows, grad_weight, None
+
+
+class _LoopedMatmul(torch.autograd.Function):
+    # Against slicing and concatenating under autograd this spares a copy of rows and one of gradients.
+    @staticmethod
+    def forward(ctx, rows_NI, weight_LOI, segments):
+        ctx.save_for_backward(rows_NI, weight_LOI)
+        ctx.segments = segments
+        out_NO = rows_NI.new_zeros(rows_NI.shape[0], weight_LOI.shape[1])
+        for expert, (start, end) in enumerate(segments):
+            if end > start:
+                torch.mm(rows_NI[start:end], weight_LOI[expert].t(), out=out_NO[start:end])
+        return out_NO
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_NO):
+        rows_NI, weight_LOI = ctx.saved_tensors
+        grad_rows = torch.zeros_like(rows_NI) if ctx.needs_input_grad[0] else None
+        grad_weight = torch.empty_like(weight_LOI) if ctx.needs_input_grad[1] else None
+        for expert, (start, end) in enumerate(ctx.segments):
+            grad = grad_NO[start:end]
+            if grad_rows is not None and end > start:
+                torch.mm(grad, weight_LOI[expert], out=grad_rows[start:end])
+            if grad_weight is not None:
+                torch.mm(grad.t(), rows_NI[start:end], out=grad_weight[expert])
+        return grad_rows, grad_weight, None

@@ -1,0 +1,79 @@
+"""MoELayer: router, dispatch, experts, combine, and the shared expert."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+import moe_ep
+
+from .config import ModelConfig
+from .experts import GroupedExperts
+from .feed_forward import SharedExperts
+from .initialise import initialise_weights
+from .rank_layout import expand_rows, reduce_rows
+from .router import Router
+from .token_dispatcher import TokenDispatcher
+
+
+class MoELayer(nn.Module):
+    """A Mixture-of-Experts feed-forward whose routed experts are spread over the ranks of ``comm``.
+
+    ``seed``: initialise the weights so that all ranks, and all sizes of ``comm``, agree on them (``None``: as
+    torch modules usually do, from the global random state). Every rank must call forward, and backward,
+    equally often; a rank may have no tokens.
+
+    Submodules: ``router``, ``dispatcher``, ``experts`` (this rank's), ``shared`` (None if shared_ffn_hidden
+    is 0).
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        comm: moe_ep.Communicator,
+        *,
+        seed: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        factory = {"device": device, "dtype": dtype}
+        self.config = config
+        self.router = Router(config, **factory)
+        self.dispatcher = TokenDispatcher(config, comm)
+        self.experts = GroupedExperts(
+            comm.num_local_experts,
+            config.hidden,
+            config.moe_ffn_hidden,
+            first_expert=comm.rank * comm.num_local_experts,
+            init_std=config.init_std,
+            **factory,
+        )
+        self.shared = (
+            SharedExperts(config.hidden, config.shared_ffn_hidden, **factory)
+            if config.shared_ffn_hidden
+            else None
+        )
+        if seed is not None:
+            initialise_weights(self, seed=seed, std=config.init_std)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """``x [B, S, H]`` or ``[T, H]`` (one sequence) -> the same shape, and the auxiliary loss (see
+        RouterOutput).
+        """
+        routed = self.router(x)
+        x_TH = x.reshape(-1, x.shape[-1])
+        out = self.dispatcher.dispatch(x_TH, routed.topk_idx, routed.topk_weights)
+        y_TH = self.dispatcher.combine(self._run_experts(out), out.handle)
+        if self.shared is not None:
+            y_TH = y_TH + self.shared(x_TH)
+        return y_TH.view_as(x), routed.aux_loss
+
+    def _run_experts(self, out: moe_ep.DispatchOutput) -> torch.Tensor:
+        if self.config.layout == "expert":
+            return self.experts(out.tokens, out.weights, out.padded_tokens_per_expert, out.splits)
+        tokens_NH = out.tokens
+        if isinstance(tokens_NH, moe_ep.Fp8Tokens):
+            tokens_NH = tokens_NH.dequantize(self.experts.w_gate_up.dtype)
+        rows_MH, weights_M, slot_NK = expand_rows(tokens_NH, out.weights, out.topk_idx)
+        return reduce_rows(self.experts(rows_MH, weights_M, out.tokens_per_expert, out.splits), slot_NK)

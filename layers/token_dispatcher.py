@@ -1,0 +1,50 @@
+"""TokenDispatcher: dispatch and combine with the settings of a ModelConfig."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+import moe_ep
+
+from .config import ModelConfig
+
+
+class TokenDispatcher(nn.Module):
+    """Moves tokens to the ranks of their experts and results back; no parameters.
+
+    ``layout``, ``expert_alignment``, ``fp8``, ``fp8_backward`` and ``max_recv_rows`` come from ``config``.
+    One communicator may serve any number of dispatchers.
+    """
+
+    def __init__(self, config: ModelConfig, comm: moe_ep.Communicator) -> None:
+        super().__init__()
+        expected = {"hidden": config.hidden, "num_experts": config.num_experts, "num_topk": config.num_topk}
+        for name, value in expected.items():
+            if getattr(comm, name) != value:
+                raise moe_ep.errors.InvalidInput(
+                    f"comm has {name}={getattr(comm, name)}, the config has {value}; they must agree"
+                )
+        self.config = config
+        self.comm = comm
+
+    def dispatch(
+        self, x_TH: torch.Tensor, topk_idx_TK: torch.Tensor, topk_weights_TK: torch.Tensor
+    ) -> moe_ep.DispatchOutput:
+        """``x_TH [T, H]``, ``topk_idx_TK [T, K]`` (-1: none), ``topk_weights_TK [T, K]`` -> see
+        ``moe_ep.dispatch``.
+        """
+        return moe_ep.dispatch(
+            x_TH.contiguous(),
+            topk_idx_TK.contiguous(),
+            topk_weights_TK.contiguous(),
+            self.comm,
+            layout=self.config.layout,
+            expert_alignment=self.config.expert_alignment,
+            fp8=self.config.fp8,
+            max_recv_rows=self.config.max_recv_rows,
+        )
+
+    def combine(self, rows_NH: torch.Tensor, handle: moe_ep.DispatchHandle) -> torch.Tensor:
+        """``rows_NH [N, H]``, one for each dispatched row -> ``[T, H]``, the sum for each token."""
+        return moe_ep.combine(rows_NH.contiguous(), handle, fp8_backward=self.config.fp8_backward)
