@@ -29,8 +29,8 @@ def packages() -> list[str]:
 
 
 def find_nvcc() -> str | None:
-    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
-    candidates = [*(str(Path(home, "bin", "nvcc")) for home in homes), "nvcc", "/usr/local/cuda/bin/nvcc"]
+    home = os.environ.get("CUDA_HOME")
+    candidates = [*([f"{home}/bin/nvcc"] if home else []), "nvcc", "/usr/local/cuda/bin/nvcc"]
     return next((path for path in map(shutil.which, candidates) if path), None)
 
 
@@ -55,7 +55,9 @@ class BuildWithNvcc(build_ext):
         command = [nvcc, *self._compile_flags(archs)]
         objects_dir = ROOT / "build" / "csrc"
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            objects = list(pool.map(lambda source: _compile(command, ROOT / source, objects_dir), ext.sources))
+            objects = list(
+                pool.map(lambda source: _compile(command, ROOT / source, objects_dir), ext.sources)
+            )
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
         # -cudart static: nothing of CUDA has to be found when the module is imported.
