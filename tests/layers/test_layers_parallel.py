@@ -1,4 +1,4 @@
-"""Gradient reduction, clipping, expert biases and checkpoints over processes, against one process with all the data."""
+"""Gradients, clipping, biases and checkpoints over processes, against one process with all the data."""
 
 import tempfile
 
@@ -54,7 +54,7 @@ def make(groups, dtype=torch.float64):
 
 
 def train_step(model, optimizer, groups, step, max_norm=0.5):
-    """One step on the data of all four ranks; with fewer processes each takes several ranks' batches in turn."""
+    """One step on the data of all four ranks; with fewer processes each takes several batches in turn."""
     share = WORLD // groups.world_size
     optimizer.zero_grad()
     for rank in range(groups.rank * share, (groups.rank + 1) * share):
@@ -84,8 +84,13 @@ def train(groups):
     return steps, weights, biases
 
 
+def state_of(model, optimizer, groups):
+    optimizer_state = sharded_optimizer_state(model, optimizer, groups)
+    return {"model": sharded_model_state(model, groups), "optimizer": optimizer_state}
+
+
 def save_and_reload(directory):
-    """Trains, saves with EP 2 and goes on; then loads with EP 1, 4 and 2, each time going on in the same way."""
+    """Trains, saves with EP 2 and goes on; then loads with EP 1, 4 and 2, each time going on alike."""
     groups = ParallelGroups.create(2)
     model, optimizer = make(groups)
     train_step(model, optimizer, groups, 0)

@@ -1,4 +1,4 @@
-"""The language model: losses and what MTP modules see, parameter counts, all sizes of expert parallelism alike."""
+"""The language model: its losses, what MTP modules see, parameter counts, and that EP sizes agree."""
 
 import dataclasses
 

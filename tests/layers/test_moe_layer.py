@@ -42,7 +42,9 @@ def loss_of(y, aux_loss):
 
 
 def run_layer(config, ep_size, dtype=torch.float64):
-    """The four batches over ``ep_size`` ranks: outputs and input gradients by batch, and gradients by parameter name."""
+    """The four batches over ``ep_size`` ranks: outputs and input gradients by batch, and gradients by
+    parameter name.
+    """
 
     def fn(comm):
         layer = MoELayer(config, comm, seed=5, dtype=dtype)

@@ -101,8 +101,8 @@ def test_weights_pass_gradients_and_bias_gets_none():
 
 
 def test_balance_loss_value_by_hand():
-    # One sequence of two tokens, E = 2, K = 1. Normalised scores (0.75, 0.25) and (0.6, 0.4): both choose expert 0, so
-    # f = 2 / (1 * 2) * (2, 0) = (2, 0), P = (0.675, 0.325), sum f P = 1.35.
+    # One sequence of two tokens, E = 2, K = 1. Normalised scores (0.75, 0.25) and (0.6, 0.4): both choose
+    # expert 0, so f = 2 / (1 * 2) * (2, 0) = (2, 0), P = (0.675, 0.325), sum f P = 1.35.
     scores = torch.tensor([[[0.75, 0.25], [0.3, 0.2]]])
     assert sequence_balance_loss(scores, 1).item() == pytest.approx(1.35)
     balanced = torch.tensor([[[0.6, 0.4], [0.4, 0.6]]])
