@@ -10,6 +10,8 @@ import importlib
 from pathlib import Path
 from types import ModuleType
 
+import torch
+
 from . import env
 
 
@@ -21,6 +23,26 @@ def load() -> ModuleType | None:
 def why_missing() -> str | None:
     """Why :func:`load` gives None and what to do about it, in words; None if the module is there."""
     return _load()[1]
+
+
+def load_for(device: torch.device) -> ModuleType | None:
+    """The module if there is one and it was compiled for this CUDA device, else None."""
+    module = load()
+    if module is None or not _is_built_for(module.ARCHS, torch.cuda.get_device_capability(device)):
+        return None
+    return module
+
+
+@functools.cache
+def _is_built_for(archs: str, capability: tuple[int, int]) -> bool:
+    """Whether code for one of ``archs``, such as "80;90a", runs on a GPU of this compute capability."""
+    major, minor = capability
+    for arch in archs.split(";"):
+        exact = not arch.isdigit()  # 90a and 100f use what other GPUs may lack
+        number = int(arch.rstrip("af"))
+        if number // 10 == major and (number % 10 == minor if exact else number % 10 <= minor):
+            return True
+    return False
 
 
 def _load() -> tuple[ModuleType | None, str | None]:

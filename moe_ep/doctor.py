@@ -153,26 +153,26 @@ def _kernels() -> Iterable[Fact]:
         return
     major, minor = module.CUDA_VERSION // 1000, module.CUDA_VERSION % 1000 // 10
     yield Fact(section, "moe_ep._C", f"built for sm_{module.ARCHS} with CUDA {major}.{minor}", ok=True)
-    if torch.cuda.is_available():
-        yield _fp8_kernel_test()
+    for index in range(torch.cuda.device_count()):
+        yield _fp8_kernel_test(torch.device("cuda", index))
 
 
-def _fp8_kernel_test() -> Fact:
+def _fp8_kernel_test(device: torch.device) -> Fact:
     """The FP8 kernels against their formulas in torch, bit for bit."""
-    x = torch.randn(64, 512, device="cuda", dtype=torch.bfloat16)
+    section, name = "CUDA kernels", f"FP8 on {device}"
+    if _extension.load_for(device) is None:
+        major, minor = torch.cuda.get_device_capability(device)
+        remedy = f"install moe_ep again with MOE_EP_CUDA_ARCHS={major}{minor}"
+        return Fact(section, name, f"moe_ep._C was not built for sm_{major}{minor}", ok=False, remedy=remedy)
+    x = torch.randn(64, 512, device=device, dtype=torch.bfloat16)
     try:
         tokens = fp8.quantize(x)
     except (MoeEpError, RuntimeError) as error:
-        return Fact("CUDA kernels", "FP8 kernels", f"do not run: {error}", ok=False)
+        return Fact(section, name, f"does not run: {error}", ok=False)
     data, scale_inv = fp8.quantize_torch(x)
     same = torch.equal(tokens.data.view(torch.uint8), data.view(torch.uint8))
     same = same and torch.equal(tokens.scale_inv, scale_inv)
-    return Fact(
-        "CUDA kernels",
-        "FP8 kernels",
-        f"{'equal to' if same else 'DIFFER FROM'} the formulas in torch",
-        ok=same,
-    )
+    return Fact(section, name, f"{'equal to' if same else 'DIFFERS FROM'} the formulas in torch", ok=same)
 
 
 def _communication() -> Iterable[Fact]:

@@ -86,6 +86,22 @@ def test_switched_off_by_environment(monkeypatch):
     assert "MOE_EP_EXTENSION=0" in _extension.why_missing()
 
 
+@pytest.mark.parametrize(
+    ("archs", "capability", "runs"),
+    [
+        ("90a", (9, 0), True),
+        ("90a", (10, 0), False),
+        ("80;90a", (8, 6), True),
+        ("86", (8, 0), False),
+        ("100f;90a", (9, 0), True),
+        ("100a", (10, 3), False),
+        ("120", (12, 0), True),
+    ],
+)
+def test_kernels_run_where_they_were_built_for(archs, capability, runs):
+    assert _extension._is_built_for(archs, capability) is runs
+
+
 def test_sources_include_neither_torch_nor_locale_users():
     # Where libstdc++ is linked statically, its locale machinery must not meet the copy that torch brings.
     forbidden = re.compile(
