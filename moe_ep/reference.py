@@ -1,49 +1,52 @@
 """The semantics of dispatch and combine in plain torch: the oracle that every backend must equal bit for bit.
 
-Nothing here communicates. Every argument is a list with one entry per rank, all in this process and on one device, and
-the functions return lists by rank. The code prefers the obvious to the fast: loops over ranks, experts and choices; only
-rows are moved in bulk.
+Nothing here communicates. Every argument is a list with one entry per rank, all in this process and on one
+device, and the functions return lists by rank. The code prefers the obvious to the fast: loops over ranks,
+experts and choices; only rows are moved in bulk.
 
-Shapes: R ranks, E experts, L = E / R experts per rank, expert e lives on rank e // L as its local expert e % L; T tokens
-of a rank (T may differ by rank and be 0), H hidden, K choices per token, N rows a rank receives.
+Shapes: R ranks, E experts, L = E / R experts per rank, expert e lives on rank e // L as its local expert e %
+L; T tokens of a rank (T may differ by rank and be 0), H hidden, K choices per token, N rows a rank receives.
 
-**dispatch.** Choice k of token t names the expert topk_idx[t, k], or -1 for none. A token may not name an expert twice.
+**dispatch.** Choice k of token t names the expert topk_idx[t, k], or -1 for none. A token may not name an
+expert twice.
 
-* ``layout="expert"``: rank r receives one row per (token, expert of r), grouped by local expert, in each group ordered by
-  (source rank, source token). A group is padded to a multiple of ``expert_alignment``: padding rows are zero, their
-  weight is zero, and for FP8 rows their data is 0 and their scale_inv 1.0. ``weights [N]`` is the weight of the choice
-  that made the row.
-* ``layout="rank"``: rank r receives one row per token that names at least one of its experts, ordered by (source rank,
-  source token). ``topk_idx [N, K]`` int64 keeps the choices that fall on r as local ids and is -1 elsewhere;
-  ``weights [N, K]`` is 0 there.
+* ``layout="expert"``: rank r receives one row per (token, expert of r), grouped by local expert, in each
+  group ordered by (source rank, source token). A group is padded to a multiple of ``expert_alignment``:
+  padding rows are zero, their weight is zero, and for FP8 rows their data is 0 and their scale_inv 1.0.
+  ``weights [N]`` is the weight of the choice that made the row.
+* ``layout="rank"``: rank r receives one row per token that names at least one of its experts, ordered by
+  (source rank, source token). ``topk_idx [N, K]`` int64 keeps the choices that fall on r as local ids and is
+  -1 elsewhere; ``weights [N, K]`` is 0 there.
 
-``max_recv_rows=n`` delivers exactly n rows: the first n of the above, or all of them and then zeros (weight 0, ids -1).
-Rows beyond n are dropped; the counts per expert stay the true ones.
+``max_recv_rows=n`` delivers exactly n rows: the first n of the above, or all of them and then zeros (weight
+0, ids -1). Rows beyond n are dropped; the counts per expert stay the true ones.
 
-**combine** brings one row per received row back and adds them up, unweighted. With A the accumulation type (float64 for
-float64 rows, else float32), every sum below is computed in A from left to right, starts from its first term, and is
-+0.0 without terms:
+**combine** brings one row per received row back and adds them up, unweighted. With A the accumulation type
+(float64 for float64 rows, else float32), every sum below is computed in A from left to right, starts from its
+first term, and is +0.0 without terms:
 
-1. on the rank that received them, the rows of one token in ascending k, rounded to the dtype of the rows (in rank layout
-   there is one such row);
-2. on the token's own rank: the biases in the order given, then the sums of step 1, ranks in ascending order of the
-   highest k whose expert they hold; rounded once to the dtype of the rows.
+1. on the rank that received them, the rows of one token in ascending k, rounded to the dtype of the rows (in
+   rank layout there is one such row);
+2. on the token's own rank: the biases in the order given, then the sums of step 1, ranks in ascending order
+   of the highest k whose expert they hold; rounded once to the dtype of the rows.
 
-Padding rows and dropped rows are not read. A rank all of whose rows of a token were dropped takes part in step 2 with
-the empty sum of step 1, +0.0; the order of ranks is that of the routing, dropped rows included.
+Padding rows and dropped rows are not read. A rank all of whose rows of a token were dropped takes part in
+step 2 with the empty sum of step 1, +0.0; the order of ranks is that of the routing, dropped rows included.
 
-**gradients.** Rows: the gradient of dispatch is combine of the row gradients, the gradient of combine is the dispatch of
-the output's gradient (padding rows get 0). Weights: each weight moved to one place, so its gradient moves back from
-there; choices that are -1 or dropped get 0. A bias gets the output's gradient.
+**gradients.** Rows: the gradient of dispatch is combine of the row gradients, the gradient of combine is the
+dispatch of the output's gradient (padding rows get 0). Weights: each weight moved to one place, so its
+gradient moves back from there; choices that are -1 or dropped get 0. A bias gets the output's gradient.
 
-A worked example: two ranks with two experts each (0 and 1 on rank 0, 2 and 3 on rank 1), two tokens on rank 0, one on rank 1.
+A worked example: two ranks with two experts each (0 and 1 on rank 0, 2 and 3 on rank 1), two tokens on rank
+0, one on rank 1.
 
 >>> x = [torch.tensor([[1.0], [2.0]]), torch.tensor([[4.0]])]
 >>> topk_idx = [torch.tensor([[1, 0], [3, 1]]), torch.tensor([[1, -1]])]
 >>> topk_weights = [torch.tensor([[0.5, 0.25], [0.75, 0.125]]), torch.tensor([[1.0, 9.0]])]
 >>> rank0, rank1 = dispatch(x, topk_idx, topk_weights, num_experts=4, layout="expert", expert_alignment=2)
 
-Expert 0 gets token 0 of rank 0 and one row of padding; expert 1 gets both tokens of rank 0, then that of rank 1, then padding:
+Expert 0 gets token 0 of rank 0 and one row of padding; expert 1 gets both tokens of rank 0, then that of rank
+1, then padding:
 
 >>> rank0.tokens.flatten().tolist(), rank0.weights.tolist()
 ([1.0, 0.0, 1.0, 2.0, 4.0, 0.0], [0.25, 0.0, 0.5, 0.125, 1.0, 0.0])
@@ -81,14 +84,14 @@ LAYOUTS = ("expert", "rank")
 
 
 class Quantized(Protocol):
-    """FP8 rows such as moe_ep.Fp8Tokens: ``data`` [M, H] float8_e4m3fn, ``scale_inv`` [M, ceil(H/128)] float32."""
+    """FP8 rows such as moe_ep.Fp8Tokens: data [M, H] float8_e4m3fn, scale_inv [M, ceil(H/128)] float32."""
 
     data: Tensor
     scale_inv: Tensor
 
 
 class Fp8Rows(NamedTuple):
-    """FP8 rows as this module returns them: ``data`` [N, H] float8_e4m3fn, ``scale_inv`` [N, ceil(H/128)] float32."""
+    """FP8 rows as this module returns them, shaped like ``Quantized``."""
 
     data: Tensor
     scale_inv: Tensor
@@ -98,9 +101,9 @@ class Fp8Rows(NamedTuple):
 class Placement:
     """Where the rows of one rank's output come from.
 
-    ``row_of[s]`` int64 [T_s, K]: the output row that choice k of token t of source rank s became, -1 if it went to
-    another rank, is masked or was dropped. In rank layout all choices of a token that fall on this rank share one row.
-    ``source_topk_idx`` [T, K] is the routing of this rank's own tokens.
+    ``row_of[s]`` int64 [T_s, K]: the output row that choice k of token t of source rank s became, -1 if it
+    went to another rank, is masked or was dropped. In rank layout all choices of a token that fall on this
+    rank share one row. ``source_topk_idx`` [T, K] is the routing of this rank's own tokens.
     """
 
     layout: str
@@ -120,7 +123,7 @@ class Placement:
 
 @dataclass(frozen=True)
 class Dispatched:
-    """What one rank receives: ``tokens`` [N, H]; ``weights`` [N] or [N, K]; ``topk_idx`` [N, K] in rank layout only."""
+    """What one rank receives: tokens [N, H]; weights [N] or [N, K]; topk_idx [N, K] in rank layout only."""
 
     tokens: Tensor | Fp8Rows
     weights: Tensor | None
@@ -155,9 +158,9 @@ def dispatch(
 ) -> list[Dispatched]:
     """Send every token to the ranks of its experts. See the module's text for the order of the rows.
 
-    x_by_rank: per rank [T, H] of any dtype, or FP8 rows. topk_idx_by_rank: per rank [T, K] int64 or int32, -1 = none.
-    topk_weights_by_rank: per rank [T, K], or None for no weights. max_recv_rows: one number, or one for each rank.
-    Raises ValueError for a routing or an option outside the contract.
+    x_by_rank: per rank [T, H] of any dtype, or FP8 rows. topk_idx_by_rank: per rank [T, K] int64 or int32, -1
+    = none. topk_weights_by_rank: per rank [T, K], or None for no weights. max_recv_rows: one number, or one
+    for each rank. Raises ValueError for a routing or an option outside the contract.
     """
     placements = place(topk_idx_by_rank, num_experts, layout, expert_alignment, max_recv_rows)
     return [
@@ -176,7 +179,8 @@ def combine(
     dispatched: Sequence[Dispatched],
     bias_by_rank: Sequence[Tensor | Sequence[Tensor] | None] | None = None,
 ) -> list[Tensor]:
-    """Add up the rows [N, H] of every token on the token's own rank: [T, H] by rank, in the dtype of the rows.
+    """Add up the rows [N, H] of every token on the token's own rank: [T, H] by rank, in the dtype of the
+    rows.
 
     ``bias_by_rank``: per rank nothing, one [T, H] tensor or a sequence of them.
     """
@@ -206,7 +210,7 @@ def combine(
 
 
 def combine_weights(weights_by_rank: Sequence[Tensor], dispatched: Sequence[Dispatched]) -> list[Tensor]:
-    """Move one number per received weight back: [N] or [N, K] by rank to [T, K] by rank, 0 for choices without a row."""
+    """Move a number per received weight back: [N] or [N, K] by rank to [T, K] by rank, 0 where no row was."""
     results = []
     for owner, mine in enumerate(dispatched):
         back_TK = weights_by_rank[owner].new_zeros(mine.placement.source_topk_idx.shape)
@@ -225,7 +229,7 @@ def dispatch_backward(
     grad_weights_by_rank: Sequence[Tensor] | None,
     dispatched: Sequence[Dispatched],
 ) -> tuple[list[Tensor], list[Tensor] | None]:
-    """Gradients (x [T, H] by rank, topk_weights [T, K] by rank) from those of the received rows and weights."""
+    """Gradients of x [T, H] and topk_weights [T, K] by rank from those of the received rows and weights."""
     grad_x = combine(grad_rows_by_rank, dispatched)
     return grad_x, None if grad_weights_by_rank is None else combine_weights(grad_weights_by_rank, dispatched)
 
@@ -244,7 +248,7 @@ def place(
     expert_alignment: int = 1,
     max_recv_rows: int | Sequence[int] | None = None,
 ) -> list[Placement]:
-    """Decide the output row of every choice of every token, for every receiving rank. Arguments as in ``dispatch``."""
+    """The output row of every choice of every token, by receiving rank. Arguments as in ``dispatch``."""
     world_size = len(topk_idx_by_rank)
     _check_options(num_experts, world_size, layout, expert_alignment)
     for rank, topk_idx_TK in enumerate(topk_idx_by_rank):
@@ -362,7 +366,7 @@ def _local_topk_idx(topk_idx_by_rank: Sequence[Tensor], placement: Placement) ->
 
 
 def _sum_on_serving_rank(rows_NH: Tensor, placement: Placement, owner: int) -> Tensor:
-    """Step 1 of combine: [T, H], for every token of ``owner`` the sum of the rows that this rank holds of it."""
+    """Step 1 of combine: [T, H], for every token of ``owner`` the sum of its rows on this rank."""
     row_of_TK = placement.row_of[owner]
     if placement.layout == "rank":  # the choices share one row, which counts once
         row_of_TK = row_of_TK.amax(dim=1, keepdim=True)
@@ -374,7 +378,7 @@ def _sum_on_serving_rank(rows_NH: Tensor, placement: Placement, owner: int) -> T
 
 
 class _Sum:
-    """A [T, H] running sum in the accumulation type of ``like``'s dtype, with the contract's start and empty value."""
+    """A running sum [T, H] in the accumulation type of ``like``, with the contract's value when empty."""
 
     def __init__(self, num_tokens: int, like: Tensor) -> None:
         self.dtype = like.dtype

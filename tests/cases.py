@@ -1,9 +1,9 @@
 """One generator of test cases for every backend and every number of ranks.
 
-A ``Case`` is a value: it names the shapes, the routing, the options and a seed, and builds the same tensors for a rank
-wherever that rank runs (a thread, a process, a GPU), so that results can be compared with the oracle elsewhere.
-``standard_cases`` lists the cases that every backend has to pass; ``exercise.py`` runs one through the public API and
-says what the oracle expects.
+A ``Case`` is a value: it names the shapes, the routing, the options and a seed, and builds the same tensors
+for a rank wherever that rank runs (a thread, a process, a GPU), so that results can be compared with the
+oracle elsewhere. ``standard_cases`` lists the cases that every backend has to pass; ``exercise.py`` runs one
+through the public API and says what the oracle expects.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 LAYOUTS = ("expert", "rank")
+EXPERT = ("expert",)
 WORLD_SIZES = (1, 2, 4, 8)
 
 Routing = Callable[["Case", int, torch.Generator], Tensor]
@@ -24,7 +25,7 @@ Routing = Callable[["Case", int, torch.Generator], Tensor]
 
 @dataclass(frozen=True)
 class RankInputs:
-    """What one rank passes to dispatch and combine; x [T, H], topk_idx [T, K], topk_weights [T, K] or None."""
+    """What one rank passes in: x, biases and grad_y [T, H], topk_idx [T, K], topk_weights [T, K] or None."""
 
     x: Tensor
     topk_idx: Tensor
@@ -38,9 +39,9 @@ class Case:
     """One dispatch and combine of all ranks. ``tokens_by_rank`` has T of each rank.
 
     routing: a name in ``ROUTINGS``, or the ids themselves: per rank, per token, K numbers.
-    payload: "normal" (values of mixed magnitude, so that the order of a sum shows), "special" (NaN, infinities, signed
-    zeros, subnormal numbers among them) or "bits" (any bit pattern).
-    fp8: None, "tokens" (x is quantised before dispatch), or "blockwise" (dispatch quantises).
+    payload: "normal" (values of mixed magnitude, so that the order of a sum shows), "special" (NaN,
+    infinities, signed zeros, subnormal numbers among them) or "bits" (any bit pattern). fp8: None, "tokens"
+    (x is quantised before dispatch), or "blockwise" (dispatch quantises).
     """
 
     name: str
@@ -123,7 +124,7 @@ class Case:
         )
 
     def expert_rows(self, rank: int, num_rows: int, device: torch.device | str = "cpu") -> Tensor:
-        """Stands for what the experts of ``rank`` make of its ``num_rows`` rows; padding rows hold values too."""
+        """What the experts of ``rank`` might make of its rows [N, H]; padding rows hold values too."""
         return self.values(rank, "expert_rows", num_rows, self.hidden).to(device)
 
     def grad_tokens(self, rank: int, num_rows: int, device: torch.device | str = "cpu") -> Tensor:
@@ -169,7 +170,7 @@ PAYLOADS = {"normal": _normal, "special": _special, "bits": _bits}
 
 
 def _draw(case: Case, rank: int, generator: torch.Generator, popularity: Tensor) -> Tensor:
-    """K distinct experts for each token, drawn by popularity [E]; -1 where there are fewer than K of popularity > 0."""
+    """K distinct experts for each token by popularity [E]; -1 where fewer than K have any."""
     num_tokens, num_topk = case.tokens_by_rank[rank], case.num_topk
     # The K smallest of exponential variates with these rates are a draw without replacement.
     waiting = torch.empty(num_tokens, case.num_experts).exponential_(generator=generator) / popularity
@@ -217,7 +218,7 @@ def _one_rank(case: Case, rank: int, generator: torch.Generator) -> Tensor:
 
 
 def _same_experts(case: Case, rank: int, _generator: torch.Generator) -> Tensor:
-    """Every token of every rank names the same experts in the same order: the worst imbalance with all K used."""
+    """Every token names the same experts in the same order: the worst imbalance with all K used."""
     ids = torch.randperm(case.num_experts, generator=torch.Generator().manual_seed(case.seed))[
         : case.num_topk
     ]
@@ -270,8 +271,8 @@ _RECIPES = [
     _recipe("float16", dtype=torch.float16, num_experts=32, num_topk=8),
     _recipe("float64", dtype=torch.float64),
     _recipe("zipf", routing="zipf", dtype=torch.bfloat16, num_experts=64, num_topk=6),
-    _recipe("aligned", routing="masked", expert_alignment=16, layouts=("expert",), dtype=torch.bfloat16),
-    _recipe("odd_alignment", routing="zipf", expert_alignment=7, layouts=("expert",)),
+    _recipe("aligned", routing="masked", expert_alignment=16, layouts=EXPERT, dtype=torch.bfloat16),
+    _recipe("odd_alignment", routing="zipf", expert_alignment=7, layouts=EXPERT),
     _recipe("one_expert", routing="one_expert", num_topk=2),
     _recipe("one_rank", routing="one_rank", dtype=torch.bfloat16, num_topk=4),
     _recipe("same_experts", routing="same_experts", dtype=torch.bfloat16),
@@ -291,21 +292,21 @@ _RECIPES = [
     _recipe("special_bfloat16", payload="special", dtype=torch.bfloat16, num_biases=1),
     _recipe("any_bits", payload="bits", dtype=torch.bfloat16),
     _recipe("static_roomy", max_recv_rows=500, dtype=torch.bfloat16),
-    _recipe("static_aligned", max_recv_rows=600, expert_alignment=8, layouts=("expert",), routing="masked"),
+    _recipe("static_aligned", max_recv_rows=600, expert_alignment=8, layouts=EXPERT, routing="masked"),
     _recipe("static_overflow", max_recv_rows=7, dtype=torch.bfloat16, payload="special"),
-    _recipe("static_overflow_aligned", max_recv_rows=13, expert_alignment=4, layouts=("expert",), num_biases=1),
+    _recipe("static_overflow_aligned", max_recv_rows=13, expert_alignment=4, layouts=EXPERT, num_biases=1),
     _recipe("static_one_row", max_recv_rows=1),
     _recipe("int32_ids", idx_dtype=torch.int32, routing="masked"),
     _recipe("no_weights", has_weights=False),
     _recipe("one_bias", num_biases=1, routing="masked", dtype=torch.bfloat16),
     _recipe("two_biases", num_biases=2, dtype=torch.float16),
     _recipe("fp8_tokens", fp8="tokens", hidden=256, dtype=torch.bfloat16),
-    _recipe("fp8_tokens_aligned", fp8="tokens", hidden=144, expert_alignment=16, layouts=("expert",), routing="masked"),
+    _recipe("fp8_tokens_aligned", fp8="tokens", hidden=144, expert_alignment=16, layouts=EXPERT),
     _recipe("fp8_on_dispatch", fp8="blockwise", hidden=256, dtype=torch.bfloat16, routing="masked"),
     _recipe("fp8_on_dispatch_special", fp8="blockwise", hidden=144, payload="special"),
-    _recipe("fp8_static", fp8="blockwise", hidden=128, max_recv_rows=400, expert_alignment=16, layouts=("expert",)),
+    _recipe("fp8_static", fp8="blockwise", hidden=128, max_recv_rows=400, expert_alignment=8, layouts=EXPERT),
     _recipe("fp8_both_ways", fp8="blockwise", fp8_backward="blockwise", hidden=256, dtype=torch.bfloat16),
-    _recipe("fp8_backward", fp8_backward="blockwise", hidden=144, expert_alignment=8, layouts=("expert",)),
+    _recipe("fp8_backward", fp8_backward="blockwise", hidden=144, expert_alignment=8, layouts=EXPERT),
 ]  # fmt: skip
 
 
@@ -314,7 +315,7 @@ def standard_cases(
     layouts: Iterable[str] = LAYOUTS,
     names: Iterable[str] | None = None,
 ) -> list[Case]:
-    """The cases that every backend must pass, for the given numbers of ranks and layouts; ``names`` selects some."""
+    """The cases that every backend must pass; ``names`` selects some."""
     wanted = None if names is None else set(names)
     unknown = (wanted or set()) - {recipe.name for recipe in _RECIPES}
     if unknown:

@@ -1,4 +1,4 @@
-"""Shared by all tests: ``cases``, ``exercise`` and ``processes`` beside this file can be imported from any test."""
+"""Makes ``cases``, ``exercise`` and ``processes``, beside this file, importable from every test."""
 
 import sys
 from pathlib import Path
@@ -7,5 +7,5 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-# Virtual ranks are threads and gloo ranks are processes: a thread pool in each would only fight over the cores.
+# Virtual ranks are threads, gloo ranks are processes: a thread pool in each would only fight over the cores.
 torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""Runs a case through the public API, says what the oracle expects of it, and compares the two bit for bit."""
+"""Runs a case through the public API and compares it bit for bit with what the oracle expects."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def expected(case: Case, device: torch.device | str = "cpu") -> list[Results]:
 
 
 def assert_case(case: Case, results_by_rank: Sequence[Results]) -> None:
-    """Raises AssertionError naming rank, tensor and first differing element unless every rank has the oracle's bits."""
+    """Every rank has the oracle's bits; else AssertionError names case, rank, tensor and element."""
     for rank, (actual, wanted) in enumerate(zip(results_by_rank, expected(case), strict=True)):
         assert sorted(actual) == sorted(wanted), (
             f"{case}: rank {rank} returned {sorted(actual)}, not {sorted(wanted)}"

@@ -15,8 +15,8 @@ from moe_ep import launch
 def run_gloo(world_size: int, fn: Callable, *args: Any, timeout_s: float = 120.0) -> list[Any]:
     """``fn(*args)`` in ``world_size`` processes with a default process group; its results by rank.
 
-    ``fn`` is a function of a module (it is pickled by name); its result is anything torch.save takes. Starting
-    processes costs seconds: give one call many cases.
+    ``fn`` is a function of a module (it is pickled by name); its result is anything torch.save takes.
+    Starting processes costs seconds: give one call many cases.
     """
     with tempfile.TemporaryDirectory() as directory:
         launch.spawn(_run_and_save, world_size, directory, fn, args, timeout_s=timeout_s)

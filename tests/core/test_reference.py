@@ -1,6 +1,7 @@
 """The oracle against brute force, dense mathematics and numbers worked out by hand."""
 
 import doctest
+from functools import partial
 
 import pytest
 import torch
@@ -42,7 +43,7 @@ def dispatch_integers(case):
 
 
 def expected_rows(case, topk_idx, rank):
-    """The rows of one rank by sorting tuples: a list of (source, token, {k: local expert}) with None for padding."""
+    """The rows of one rank by sorting tuples: (source, token, {k: local expert}), or None for padding."""
     local = case.experts_per_rank
     choices = [
         (expert % local, source, token, k)
@@ -127,7 +128,7 @@ def test_combine_is_the_transpose_of_dispatch(case):
 
 @pytest.mark.parametrize("case", EXACT_CASES + OVERFLOW_CASES, ids=str)
 def test_gradients_are_those_of_dense_one_hot_products(case):
-    """Dispatch as a matrix of zeros and ones: autograd through its product gives all the gradients of rows."""
+    """Dispatch as a matrix of zeros and ones: autograd through its product gives the gradients of rows."""
     x, topk_idx, _, out = dispatch_integers(case)
     x_all = torch.cat(x).requires_grad_()
     first_token = torch.tensor([0, *case.tokens_by_rank]).cumsum(0)
@@ -148,9 +149,8 @@ def test_gradients_are_those_of_dense_one_hot_products(case):
 
     grad_x, _ = reference.dispatch_backward(grad_rows, None, out)
     assert torch.equal(torch.cat(grad_x), dense_grad_x)
-    for got, dense in zip(
-        reference.combine_backward(grad_y.split(list(case.tokens_by_rank)), out), dense_grad_rows
-    ):
+    got_rows = reference.combine_backward(grad_y.split(list(case.tokens_by_rank)), out)
+    for got, dense in zip(got_rows, dense_grad_rows, strict=True):
         assert torch.equal(got, dense)
 
 
@@ -199,7 +199,7 @@ def combine_by_expert(
 def test_a_rank_adds_its_rows_in_ascending_k_not_in_order_of_rows():
     big = 2.0**24
     values = {0: big, 1: 1.0, 2: -big}
-    add = lambda order: combine_by_expert(torch.float32, order, values, world_size=1, num_experts=3)  # noqa: E731
+    add = partial(combine_by_expert, torch.float32, value_of_expert=values, world_size=1, num_experts=3)
     assert add([0, 1, 2]) == 0.0  # (2^24 + 1) - 2^24, the 1 is lost
     assert add([0, 2, 1]) == 1.0
     assert add([1, 0, 2]) == 0.0
@@ -208,7 +208,7 @@ def test_a_rank_adds_its_rows_in_ascending_k_not_in_order_of_rows():
 def test_ranks_are_added_in_ascending_order_of_the_highest_k_they_serve():
     big = 2.0**24
     values = {0: big, 1: 0.0, 2: 1.0, 3: 0.0, 4: -big, 5: 0.0}  # rank 0: 2^24, rank 1: 1, rank 2: -2^24
-    add = lambda order: combine_by_expert(torch.float32, order, values, world_size=3, num_experts=6)  # noqa: E731
+    add = partial(combine_by_expert, torch.float32, value_of_expert=values, world_size=3, num_experts=6)
     assert add([0, 2, 4, -1]) == 0.0
     assert add([0, 4, 2, -1]) == 1.0
     assert add([2, 0, 4, 3]) == 1.0  # rank 1 serves k = 0 and k = 3, so it comes last
@@ -227,11 +227,9 @@ def test_partial_sums_are_rounded_to_bfloat16_before_they_travel():
 def test_biases_come_first_and_in_order():
     big = 2.0**24
     values = {0: 1.0, 1: 1.0}
-    add = lambda bias: combine_by_expert(
-        torch.float32, [0, 1], values, world_size=2, num_experts=2, bias=bias
-    )  # noqa: E731
-    assert add([big, -big]) == 2.0
-    assert add([big]) == big  # 2^24 + 1 twice: each 1 is lost
+    add = partial(combine_by_expert, torch.float32, [0, 1], values, world_size=2, num_experts=2)
+    assert add(bias=[big, -big]) == 2.0
+    assert add(bias=[big]) == big  # 2^24 + 1 twice: each 1 is lost
     assert (
         combine_by_expert(torch.float32, [-1, -1], {}, world_size=2, num_experts=2, bias=[2.5, 0.25]) == 2.75
     )
@@ -239,9 +237,12 @@ def test_biases_come_first_and_in_order():
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_signs_of_zero(layout):
-    add = lambda ids, values, **options: torch.tensor(  # noqa: E731
-        combine_by_expert(torch.float32, ids, values, world_size=2, num_experts=2, layout=layout, **options)
-    )
+    def add(ids, values, **options):
+        value = combine_by_expert(
+            torch.float32, ids, values, world_size=2, num_experts=2, layout=layout, **options
+        )
+        return torch.tensor(value)
+
     assert add([0, -1], {0: -0.0}).signbit()
     assert add([0, 1], {0: -0.0, 1: -0.0}).signbit()
     assert not add([0, 1], {0: -0.0, 1: 0.0}).signbit()

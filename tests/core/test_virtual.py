@@ -1,4 +1,4 @@
-"""Virtual ranks on the CPU against the oracle, bit for bit, and what a handle and a communicator promise beyond one call."""
+"""Virtual ranks on the CPU against the oracle, bit for bit; what handles promise beyond one call."""
 
 import pytest
 import torch
@@ -132,7 +132,7 @@ def test_a_handle_repeats_its_routing_for_other_tokens(layout, fp8):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_many_handles_live_at_once_and_are_used_in_reverse_order(layout):
-    """Four micro-batches in flight, as in a pipeline: all dispatched, then combined and differentiated last first."""
+    """Four micro-batches in flight, as in a pipeline: combined and differentiated last first."""
     batches = [Case("pipeline", (7 + i, 3, 0, 5 * i), num_experts=8, layout=layout, seed=i) for i in range(4)]
     arguments = {**batches[0].communicator_arguments, "max_tokens_per_rank": 32}
 
@@ -258,7 +258,7 @@ def test_a_loss_of_only_one_output_reaches_its_input(layout, used):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_ranks_may_use_different_outputs_in_their_loss(layout):
-    """A rank without rows may leave the weights out; its peers' backward must not wait for, or misread, its message."""
+    """A rank may leave the weights out of its loss; its peers must not wait for, or misread, its message."""
     case = with_layout(SMALL, layout)
 
     def fn(comm):
@@ -302,7 +302,7 @@ def test_fp8_tokens_without_a_carrier_travel_too():
 
 
 def test_results_do_not_alias_a_shared_buffer():
-    """What a call returned keeps its values while later calls run, and changing it does not reach into other ranks."""
+    """Results keep their values while later calls run; changing them does not reach into other ranks."""
     case = Case("alias", (6, 6), num_experts=2, num_topk=1, routing="uniform")
 
     def fn(comm):

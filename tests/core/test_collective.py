@@ -1,0 +1,85 @@
+"""Processes over gloo against the oracle, bit for bit. Processes start once for all cases of a world size."""
+
+import functools
+
+import pytest
+import torch
+from cases import LAYOUTS, Case, standard_cases
+from exercise import assert_case, run_case
+from processes import run_gloo
+
+import moe_ep
+
+FEW = ("bfloat16", "masked", "odd_ranks_empty", "static_overflow", "special_bfloat16", "fp8_both_ways")
+CASES = standard_cases(world_sizes=[1, 2, 4]) + standard_cases(world_sizes=[8], names=FEW)
+
+
+def run_cases(cases):
+    """On one rank: the results of each case, or what went wrong in it, and nothing after that."""
+    outcomes = []
+    for case in cases:
+        try:
+            with moe_ep.Communicator(timeout_s=30, **case.communicator_arguments) as comm:
+                assert (comm.backend, comm.size) == ("collective", case.world_size)
+                outcomes.append(run_case(case, comm))
+        except Exception as error:
+            outcomes.append(f"{type(error).__name__}: {error}")
+            break
+    return outcomes
+
+
+@functools.cache
+def outcomes(world_size):
+    """By case name and layout: the outcome of every rank."""
+    cases = [case for case in CASES if case.world_size == world_size]
+    by_rank = run_gloo(world_size, run_cases, cases)
+    return {
+        str(case): [mine[i] if i < len(mine) else f"not reached; earlier: {mine[-1]}" for mine in by_rank]
+        for i, case in enumerate(cases)
+    }
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_forward_and_backward_equal_the_oracle(case):
+    results = outcomes(case.world_size)[str(case)]
+    failures = {rank: result for rank, result in enumerate(results) if isinstance(result, str)}
+    assert not failures, f"{case}: {failures}"
+    assert_case(case, results)
+
+
+SUBGROUP_CASE = Case("subgroups", (5, 8), num_experts=8, num_topk=3, routing="masked")
+OVERLAP_CASES = [
+    Case("overlap", (9, 4, 0, 7), num_experts=8, layout=layout, dtype=torch.bfloat16) for layout in LAYOUTS
+]
+
+
+def run_on_subgroups():
+    """Ranks 0, 2 and ranks 1, 3 form two expert-parallel groups of their own, which work at the same time."""
+    world_rank = torch.distributed.get_rank()
+    groups = [torch.distributed.new_group([first, first + 2]) for first in (0, 1)]
+    arguments = SUBGROUP_CASE.communicator_arguments
+    with moe_ep.Communicator(groups[world_rank % 2], backend="collective", **arguments) as comm:
+        first = comm.rank, run_case(SUBGROUP_CASE, comm)
+    # Two communicators over one group, used in turns, interleaved with collectives of the group's owner.
+    case, other_case = OVERLAP_CASES
+    both = []
+    with (
+        moe_ep.Communicator(**case.communicator_arguments) as comm,
+        moe_ep.Communicator(**other_case.communicator_arguments) as other,
+    ):
+        for _ in range(3):
+            both.append(run_case(case, comm))
+            total = torch.ones(1)
+            torch.distributed.all_reduce(total)
+            assert total.item() == 4.0
+            both.append(run_case(other_case, other))
+    return first, both
+
+
+def test_subgroups_and_two_communicators_of_one_group():
+    results = run_gloo(4, run_on_subgroups)
+    assert [first[0] for first, _ in results] == [0, 0, 1, 1]
+    for ranks in ((0, 2), (1, 3)):
+        assert_case(SUBGROUP_CASE, [results[rank][0][1] for rank in ranks])
+    for i in range(6):
+        assert_case(OVERLAP_CASES[i % 2], [both[i] for _, both in results])
