@@ -21,7 +21,8 @@ MAX_TOPK = 1 << 10
 
 _log = logging.getLogger("moe_ep")
 _ids = itertools.count()
-_live: weakref.WeakValueDictionary[int, Communicator] = weakref.WeakValueDictionary()
+# NOTE: not a WeakValueDictionary, which torch.compile can't trace.
+_live: dict[int, weakref.ref[Communicator]] = {}
 
 
 class Communicator:
@@ -83,7 +84,8 @@ class Communicator:
         self.timeout_s = timeout_s
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
         self._check_agreement()
-        _live[self.id] = self
+        _live[self.id] = weakref.ref(self)
+        weakref.finalize(self, _live.pop, self.id, None)
 
     @property
     def rank(self) -> int:
@@ -146,9 +148,12 @@ class Communicator:
 
 def find(communicator_id: int) -> Communicator:
     """The open communicator with this id."""
-    comm = _live.get(communicator_id)
+    reference = _live.get(communicator_id)
+    comm = reference() if reference is not None else None
     if comm is None:
-        raise InvalidInput("the communicator that made this handle is closed or gone; keep it open while handles are in use")
+        raise InvalidInput(
+            "the communicator that made this handle is closed or gone; keep it open while handles are in use"
+        )
     return comm
 
 
@@ -157,10 +162,14 @@ def _make_backend(name: str, group: object, timeout_s: float) -> Backend:
         raise InvalidInput(f"backend is {name!r}; allowed are {', '.join(BACKENDS)}")
     asked = name if name != "auto" else env.backend()
     if asked not in BACKENDS:
-        raise InvalidInput(f"environment variable {env.BACKEND.name} is {asked!r}; allowed are {', '.join(BACKENDS)}")
+        raise InvalidInput(
+            f"environment variable {env.BACKEND.name} is {asked!r}; allowed are {', '.join(BACKENDS)}"
+        )
     if isinstance(group, VirtualGroup):
         if asked not in ("auto", "virtual"):
-            raise BackendUnavailable(f"backend {asked!r} needs a torch.distributed group; group is a VirtualGroup")
+            raise BackendUnavailable(
+                f"backend {asked!r} needs a torch.distributed group; group is a VirtualGroup"
+            )
         return VirtualBackend(group, group.next_channel(), timeout_s)
     if asked == "virtual":
         raise BackendUnavailable(

@@ -14,7 +14,7 @@ from .communicator import Communicator, find
 from .errors import InvalidInput
 from .fp8 import Fp8Tokens, make_carrier, quantize
 from .handle import DispatchHandle, DispatchOutput
-from .streams import Event, finish, side_stream
+from .streams import Event, finish, named_range, side_stream
 from .validate import (
     check_biases,
     check_fp8_mode,
@@ -77,7 +77,9 @@ def dispatch(
     if handle is None:
         check_layout(layout, expert_alignment, max_recv_rows)
         if topk_idx is None:
-            raise InvalidInput("topk_idx is None; give the experts of each token, or the handle of an earlier dispatch")
+            raise InvalidInput(
+                "topk_idx is None; give the experts of each token, or the handle of an earlier dispatch"
+            )
         check_topk_idx(topk_idx, num_tokens, x.device, comm)
     else:
         _check_reuse(handle, comm, topk_idx, num_tokens)
@@ -85,7 +87,7 @@ def dispatch(
         x = quantize(x)
         check_fp8_tokens("x", x, comm)
 
-    with torch.profiler.record_function("moe_ep.dispatch"):
+    with named_range("moe_ep.dispatch"):
         if handle is None:
             spec = RoutingSpec(
                 comm.num_experts,
@@ -96,9 +98,13 @@ def dispatch(
                 max_recv_rows,
             )
             with torch.no_grad():
-                handle = DispatchHandle(comm.id, spec, num_tokens, ops.plan(topk_idx, comm.id, spec))
+                handle = DispatchHandle(comm.id, spec, ops.plan(topk_idx, comm.id, spec))
         if isinstance(x, Fp8Tokens):
-            carrier = make_carrier(x.data.new_empty(0, dtype=torch.bfloat16), x.shape) if x.carrier is None else x.carrier
+            carrier = (
+                make_carrier(x.data.new_empty(0, dtype=torch.bfloat16), x.shape)
+                if x.carrier is None
+                else x.carrier
+            )
             data, scale_inv, carrier, weights = _DispatchFp8.apply(
                 x.data, x.scale_inv, carrier, topk_weights, handle
             )
@@ -137,7 +143,7 @@ def combine(
     check_tokens("expert_rows", expert_rows, comm, handle.num_rows)
     biases = () if bias is None else (bias,) if isinstance(bias, torch.Tensor) else tuple(bias)
     check_biases(biases, expert_rows, handle.num_tokens)
-    with torch.profiler.record_function("moe_ep.combine"):
+    with named_range("moe_ep.combine"):
         y, _ = _Combine.apply(expert_rows, None, handle, fp8_backward, *biases)
     return y
 
@@ -174,7 +180,7 @@ class _Dispatch(torch.autograd.Function):
     def forward(ctx, x, weights, handle, wire_fp8):
         ctx.handle = handle
         ctx.set_materialize_grads(False)
-        ctx.rows_dtype, ctx.rows_shape = x.dtype, (handle.num_rows, x.shape[1])
+        ctx.rows_dtype, ctx.hidden = x.dtype, x.shape[1]
         ctx.weights_dtype = weights.dtype if ctx.needs_input_grad[1] else None
         if wire_fp8 is None:
             parts = [Part(x)]
@@ -188,7 +194,7 @@ class _Dispatch(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_rows, grad_row_weights):
-        with torch.profiler.record_function("moe_ep.dispatch.backward"):
+        with named_range("moe_ep.dispatch.backward"):
             return *_transpose(ctx, grad_rows, grad_row_weights, ctx.weights_dtype), None, None
 
 
@@ -199,7 +205,7 @@ class _DispatchFp8(torch.autograd.Function):
     def forward(ctx, data, scale_inv, carrier, weights, handle):
         ctx.handle = handle
         ctx.set_materialize_grads(False)
-        ctx.rows_dtype, ctx.rows_shape = carrier.dtype, (handle.num_rows, data.shape[1])
+        ctx.rows_dtype, ctx.hidden = carrier.dtype, data.shape[1]
         ctx.weights_dtype = weights.dtype if ctx.needs_input_grad[3] else None
         parts = [Part(data.view(torch.uint8)), Part(scale_inv, padding=1.0)]
         rows, row_weights = ops.dispatch(parts, weights, handle.communicator_id, handle.spec, handle.state)
@@ -209,7 +215,7 @@ class _DispatchFp8(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, _grad_data, _grad_scale_inv, grad_rows, grad_row_weights):
-        with torch.profiler.record_function("moe_ep.dispatch.backward"):
+        with named_range("moe_ep.dispatch.backward"):
             grad_x, grad_weights = _transpose(ctx, grad_rows, grad_row_weights, ctx.weights_dtype)
         return None, None, grad_x, grad_weights, None
 
@@ -221,7 +227,7 @@ def _transpose(ctx, grad_rows, grad_row_weights, weights_dtype):
     """
     meta = ctx.handle.state[Routing.ROWS]
     if grad_rows is None:
-        grad_rows = meta.new_zeros(ctx.rows_shape, dtype=ctx.rows_dtype)
+        grad_rows = meta.new_zeros((meta.shape[0], ctx.hidden), dtype=ctx.rows_dtype)
     if weights_dtype is None:
         grad_row_weights = None
     elif grad_row_weights is None:
@@ -240,25 +246,23 @@ class _Combine(torch.autograd.Function):
         ctx.wire_fp8 = wire_fp8
         ctx.num_biases = len(biases)
         ctx.weights_dtype = row_weights.dtype if ctx.needs_input_grad[1] else None
-        ctx.sums_dtype, ctx.sums_shape = rows.dtype, (handle.num_tokens, rows.shape[1])
+        ctx.sums_dtype, ctx.hidden = rows.dtype, rows.shape[1]
         ctx.set_materialize_grads(False)
-        return ops.combine(
-            rows, row_weights, biases, handle.communicator_id, handle.spec, handle.state, handle.num_tokens
-        )
+        return ops.combine(rows, row_weights, biases, handle.communicator_id, handle.spec, handle.state)
 
     @staticmethod
     def backward(ctx, grad_y, grad_weights):
-        meta = ctx.handle.state[Routing.ROWS]
+        meta = ctx.handle.state[Routing.TOKENS]
         if grad_y is None:
-            grad_y = meta.new_zeros(ctx.sums_shape, dtype=ctx.sums_dtype)
+            grad_y = meta.new_zeros((meta.shape[0], ctx.hidden), dtype=ctx.sums_dtype)
         if ctx.weights_dtype is None:
             grad_weights = None
         elif grad_weights is None:
-            shape = ctx.handle.num_tokens, ctx.handle.spec.num_topk
+            shape = meta.shape[0], ctx.handle.spec.num_topk
             grad_weights = meta.new_zeros(shape, dtype=ctx.weights_dtype)
         else:
             grad_weights = grad_weights.contiguous()
-        with torch.profiler.record_function("moe_ep.combine.backward"):
+        with named_range("moe_ep.combine.backward"):
             grads = _Dispatch.apply(grad_y.contiguous(), grad_weights, ctx.handle, ctx.wire_fp8)
         return *grads, None, None, *[grad_y] * ctx.num_biases
 
@@ -268,7 +272,9 @@ def _check_reuse(
 ) -> None:
     check_handle(handle, comm)
     if topk_idx is not None:
-        raise InvalidInput("topk_idx and handle are both given; a handle already holds its routing, so pass topk_idx=None")
+        raise InvalidInput(
+            "topk_idx and handle are both given; a handle already holds its routing, so pass topk_idx=None"
+        )
     if num_tokens != handle.num_tokens:
         raise InvalidInput(f"x has {num_tokens} tokens; this handle's dispatch had {handle.num_tokens}")
 

@@ -21,14 +21,17 @@ class DispatchHandle:
 
     communicator_id: int
     spec: RoutingSpec
-    num_tokens: int
-    """T, the tokens that this rank sent."""
     state: tuple[torch.Tensor, ...]
     """The backend's routing state (`moe_ep.backends.base.Routing`)."""
 
     @property
     def layout(self) -> str:
         return self.spec.layout
+
+    @property
+    def num_tokens(self) -> int:
+        """T, the tokens that this rank sent."""
+        return self.state[Routing.TOKENS].shape[0]
 
     @property
     def num_rows(self) -> int:

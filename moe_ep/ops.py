@@ -51,14 +51,13 @@ def combine(
     communicator_id: int,
     spec: RoutingSpec,
     state: Sequence[torch.Tensor],
-    num_tokens: int,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     if torch.compiler.is_compiling():
         y, topk_weights = torch.ops.moe_ep.combine(
-            rows, row_weights, list(biases), list(state), num_tokens, communicator_id, *_numbers(spec)
+            rows, row_weights, list(biases), list(state), communicator_id, *_numbers(spec)
         )
         return y, topk_weights if row_weights is not None else None
-    return find(communicator_id)._impl.combine(rows, row_weights, biases, state, spec, num_tokens)
+    return find(communicator_id)._impl.combine(rows, row_weights, biases, state, spec)
 
 
 def _numbers(spec: RoutingSpec) -> tuple[int, int, int, str, int, int | None]:
@@ -81,7 +80,7 @@ _library.define(
     f"int communicator_id, {_SPEC}) -> Tensor[]"
 )
 _library.define(
-    "combine(Tensor rows, Tensor? row_weights, Tensor[] biases, Tensor[] state, SymInt num_tokens, "
+    "combine(Tensor rows, Tensor? row_weights, Tensor[] biases, Tensor[] state, "
     f"int communicator_id, {_SPEC}) -> (Tensor, Tensor)"
 )
 
@@ -99,9 +98,9 @@ def _dispatch_op(rows, padding, weights, state, communicator_id, *numbers):
     return [*out, rows[0].new_empty(0) if row_weights is None else row_weights]
 
 
-def _combine_op(rows, row_weights, biases, state, num_tokens, communicator_id, *numbers):
+def _combine_op(rows, row_weights, biases, state, communicator_id, *numbers):
     y, topk_weights = find(communicator_id)._impl.combine(
-        rows, row_weights, biases, state, RoutingSpec(*numbers), num_tokens
+        rows, row_weights, biases, state, RoutingSpec(*numbers)
     )
     return y, rows.new_empty(0) if topk_weights is None else topk_weights
 
@@ -121,7 +120,8 @@ def _plan_fake(topk_idx, communicator_id, *numbers):
     rows = topk_idx.new_empty(shape, dtype=torch.int64)
     needed = topk_idx.new_empty(1, dtype=torch.int64)
     splits = torch.empty(spec.num_local_experts, dtype=torch.int64, device="cpu")
-    known = [*per_expert, rows, needed, splits]
+    tokens = topk_idx.new_empty((topk_idx.shape[0], 0), dtype=torch.int64)
+    known = [*per_expert, rows, needed, splits, tokens]
     impl = find(communicator_id)._impl
     rest = []
     for device in impl.state_devices(topk_idx.device)[len(known) :]:
@@ -137,9 +137,9 @@ def _dispatch_fake(rows, padding, weights, state, communicator_id, *numbers):
 
 
 @torch.library.register_fake("moe_ep::combine", lib=_library)
-def _combine_fake(rows, row_weights, biases, state, num_tokens, communicator_id, *numbers):
-    spec = RoutingSpec(*numbers)
+def _combine_fake(rows, row_weights, biases, state, communicator_id, *numbers):
+    num_tokens = state[Routing.TOKENS].shape[0]
     y = rows.new_empty(num_tokens, *rows.shape[1:])
     if row_weights is None:
         return y, rows.new_empty(0)
-    return y, row_weights.new_empty(num_tokens, spec.num_topk)
+    return y, row_weights.new_empty(num_tokens, RoutingSpec(*numbers).num_topk)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
@@ -18,7 +18,9 @@ class Event:
         self._results: list[torch.Tensor] = []
         self._inputs: list[torch.Tensor] = []
 
-    def record(self, stream: torch.cuda.Stream, inputs: list[torch.Tensor], results: list[torch.Tensor]) -> None:
+    def record(
+        self, stream: torch.cuda.Stream, inputs: list[torch.Tensor], results: list[torch.Tensor]
+    ) -> None:
         """Mark the end of what ``stream`` has been given. ``inputs`` stay alive until somebody waits."""
         self._event = torch.cuda.Event()
         self._event.record(stream)
@@ -37,6 +39,11 @@ class Event:
     def query(self) -> bool:
         """Whether the call has ended."""
         return self._event is None or self._event.query()
+
+
+def named_range(name: str) -> AbstractContextManager:
+    """A range in profiles; torch.compile knows none."""
+    return nullcontext() if torch.compiler.is_compiling() else torch.profiler.record_function(name)
 
 
 @contextmanager

@@ -16,7 +16,11 @@ Result = TypeVar("Result")
 
 
 def run_ranks(
-    world_size: int, fn: Callable[[Communicator], Result], *, device: str = "cpu", **communicator_arguments: Any
+    world_size: int,
+    fn: Callable[[Communicator], Result],
+    *,
+    device: str = "cpu",
+    **communicator_arguments: Any,
 ) -> list[Result]:
     """Run ``fn(comm)`` as ``world_size`` ranks, threads of this process, and return the results by rank.
 
@@ -49,7 +53,10 @@ def run_ranks(
             errors.append(error)
             office.fail(error)
 
-    threads = [threading.Thread(target=run, args=(group,), name=f"rank {group.rank}", daemon=True) for group in groups]
+    threads = [
+        threading.Thread(target=run, args=(group,), name=f"rank {group.rank}", daemon=True)
+        for group in groups
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -20,7 +20,9 @@ def check_tokens(name: str, x: torch.Tensor, comm: Communicator, num_rows: int |
     if not isinstance(x, torch.Tensor):
         raise InvalidInput(f"{name} is a {type(x).__name__}; it must be a tensor or Fp8Tokens")
     if x.dim() != 2 or x.shape[1] != comm.hidden:
-        raise InvalidInput(f"{name} has shape {tuple(x.shape)}; it must be [rows, {comm.hidden}], the communicator's hidden")
+        raise InvalidInput(
+            f"{name} has shape {tuple(x.shape)}; it must be [rows, {comm.hidden}], the communicator's hidden"
+        )
     if x.dtype not in TOKEN_DTYPES:
         raise InvalidInput(f"{name} is {x.dtype}; allowed are {_DTYPE_NAMES}, and Fp8Tokens for dispatch")
     _check_contiguous(name, x)
@@ -36,7 +38,9 @@ def check_tokens(name: str, x: torch.Tensor, comm: Communicator, num_rows: int |
 
 def check_fp8_tokens(name: str, x: fp8.Fp8Tokens, comm: Communicator) -> None:
     if x.shape[1] != comm.hidden:
-        raise InvalidInput(f"{name} has shape {tuple(x.shape)}; it must be [rows, {comm.hidden}], the communicator's hidden")
+        raise InvalidInput(
+            f"{name} has shape {tuple(x.shape)}; it must be [rows, {comm.hidden}], the communicator's hidden"
+        )
     if comm.hidden % ROW_BYTES_MULTIPLE:
         raise InvalidInput(f"hidden is {comm.hidden}; FP8 rows need a multiple of {ROW_BYTES_MULTIPLE}")
     _check_contiguous(f"{name}.data", x.data)
@@ -71,7 +75,9 @@ def check_topk_weights(
     if not isinstance(weights, torch.Tensor):
         raise InvalidInput(f"topk_weights is a {type(weights).__name__}; it must be a float32 tensor or None")
     if weights.dtype != torch.float32 and (weights.dtype, x_dtype) != (torch.float64, torch.float64):
-        raise InvalidInput(f"topk_weights is {weights.dtype}; it must be float32 (or float64 beside a float64 x)")
+        raise InvalidInput(
+            f"topk_weights is {weights.dtype}; it must be float32 (or float64 beside a float64 x)"
+        )
     if tuple(weights.shape) != (num_tokens, comm.num_topk):
         raise InvalidInput(
             f"topk_weights has shape {tuple(weights.shape)}; it must be topk_idx's, {(num_tokens, comm.num_topk)}"
@@ -121,7 +127,9 @@ def check_handle(handle: DispatchHandle, comm: Communicator) -> None:
     if not isinstance(handle, DispatchHandle):
         raise InvalidInput(f"handle is a {type(handle).__name__}; it must be the handle of a dispatch")
     if handle.communicator_id != comm.id:
-        raise InvalidInput("handle was made by another communicator; use it with the one whose dispatch returned it")
+        raise InvalidInput(
+            "handle was made by another communicator; use it with the one whose dispatch returned it"
+        )
 
 
 def check_biases(biases: tuple[torch.Tensor, ...], rows: torch.Tensor, num_tokens: int) -> None:

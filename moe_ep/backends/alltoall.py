@@ -5,6 +5,9 @@ Rows that stay on their rank are never sent: they are copied while the others tr
 
 from __future__ import annotations
 
+import itertools
+import math
+import time
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -12,8 +15,8 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from .base import Backend, Part, Routing, RoutingSpec
-from .routing import NUM_RANGES, SumLists, plan_receives, plan_sends
+from .base import Backend, Part, RoutingSpec
+from .routing import NUM_RANGES, plan_receives, plan_sends
 
 
 class Message(NamedTuple):
@@ -48,12 +51,13 @@ class Segments:
 class AllToAllState:
     """The routing state of these backends. Field names are explained in `routing`."""
 
-    # These five are common to all backends (base.Routing).
+    # These six are common to all backends (base.Routing).
     tokens_per_expert: torch.Tensor
     padded_tokens_per_expert: torch.Tensor
     rows: torch.Tensor
     rows_needed: torch.Tensor
     splits: torch.Tensor
+    tokens: torch.Tensor
     host_sizes: torch.Tensor  # [4R + NUM_RANGES * K + K]: counts by rank and list sizes
     send_tokens: torch.Tensor
     send_entries: torch.Tensor
@@ -91,11 +95,34 @@ class AllToAllBackend(Backend):
     def start(self, sends: list[Message], receives: list[Message], phase: str) -> Transfer:
         """Begin to move messages between this rank and others. ``phase`` is what an error will call it."""
 
+    def __init__(self) -> None:
+        self.communication_s = 0.0  # host time spent in messages so far
+        self._scratch: dict[str, torch.Tensor] = {}
+
+    def close(self) -> None:
+        self._scratch.clear()
+
+    def scratch(self, name: str, like: torch.Tensor, num_rows: int) -> torch.Tensor:
+        """``[num_rows, ...]`` of uninitialised memory in the width of ``like``, valid until the call returns.
+
+        On a CPU it is kept for the next call: fresh pages cost more than the copy that fills them.
+        """
+        shape = num_rows, *like.shape[1:]
+        if like.device.type != "cpu":
+            return like.new_empty(shape)
+        num_bytes = math.prod(shape) * like.element_size()
+        buffer = self._scratch.get(name)
+        if buffer is None or len(buffer) < num_bytes:
+            buffer = self._scratch[name] = torch.empty(num_bytes, dtype=torch.uint8)
+        return buffer[:num_bytes].view(like.dtype).view(shape)
+
     # --- planning ---
 
     def state_devices(self, device: torch.device) -> list[torch.device]:
         on_host = ("splits", "host_sizes")
-        return [torch.device("cpu") if name in on_host else device for name in AllToAllState.__dataclass_fields__]
+        return [
+            torch.device("cpu") if name in on_host else device for name in AllToAllState.__dataclass_fields__
+        ]
 
     def host_values(self, values: torch.Tensor, phase: str) -> list:
         """``values.tolist()``; a backend whose messages complete on a device bounds the wait."""
@@ -109,7 +136,9 @@ class AllToAllBackend(Backend):
         send_pairs, send_entries, recv_pairs, recv_entries = (Segments(c) for c in counts)
 
         codes = topk_idx.new_empty(recv_entries.total, dtype=torch.int64)
-        self._exchange(sends.codes, send_entries, codes, recv_entries, "the exchange of routing").wait()
+        self._finish(
+            [self._exchange(sends.codes, send_entries, codes, recv_entries, "the exchange of routing")]
+        )
         own = recv_pairs.starts[self.rank], recv_pairs.starts[self.rank + 1]
         receives = plan_receives(codes, own, recv_pairs.total, spec)
         host_sizes = torch.cat(
@@ -121,6 +150,7 @@ class AllToAllBackend(Backend):
             receives.rows,
             receives.rows_needed,
             receives.splits,
+            topk_idx.new_empty((len(topk_idx), 0), dtype=torch.int64),
             host_sizes,
             sends.tokens,
             sends.entries,
@@ -137,7 +167,7 @@ class AllToAllBackend(Backend):
         columns = send.t().contiguous()
         received = torch.empty_like(columns)
         one_each = Segments([1] * self.size)
-        self._exchange(columns, one_each, received, one_each, phase).wait()
+        self._finish([self._exchange(columns, one_each, received, one_each, phase)])
         recv.copy_(received.t())
 
     def all_gather(self, values: torch.Tensor) -> torch.Tensor:
@@ -150,7 +180,7 @@ class AllToAllBackend(Backend):
         self, send: torch.Tensor, send_to: Segments, recv: torch.Tensor, recv_from: Segments, phase: str
     ) -> Transfer:
         """Start the exchange of whole tensors; this rank's own segment is copied at once."""
-        transfer = self.start(*self._messages(send, send_to, recv, recv_from), phase)
+        transfer = self._begin(*self._messages(send, send_to, recv, recv_from), phase)
         recv_from.of(recv, self.rank).copy_(send_to.of(send, self.rank))
         return transfer
 
@@ -160,6 +190,18 @@ class AllToAllBackend(Backend):
         sends = [Message(r, send_to.of(send, r)) for r in self._peers() if send_to.counts[r]]
         receives = [Message(r, recv_from.of(recv, r)) for r in self._peers() if recv_from.counts[r]]
         return sends, receives
+
+    def _begin(self, sends: list[Message], receives: list[Message], phase: str) -> Transfer:
+        before = time.perf_counter()
+        transfer = self.start(sends, receives, phase)
+        self.communication_s += time.perf_counter() - before
+        return transfer
+
+    def _finish(self, transfers: Iterable[Transfer]) -> None:
+        before = time.perf_counter()
+        for transfer in transfers:
+            transfer.wait()
+        self.communication_s += time.perf_counter() - before
 
     def _peers(self) -> Iterable[int]:
         """The other ranks, beginning with the next one, so that not all send to the same rank first."""
@@ -179,35 +221,40 @@ class AllToAllBackend(Backend):
         pairs, arrivals = sizes.send_pairs, sizes.recv_pairs
 
         transfers, arrived = [], []
-        for part in parts:
-            sends = [
-                Message(r, part.rows.index_select(0, pairs.of(s.send_tokens, r)))
-                for r in self._peers()
-                if pairs.counts[r]
-            ]
-            rows = part.rows.new_empty(arrivals.total, *part.rows.shape[1:])
-            receives = [Message(r, arrivals.of(rows, r)) for r in self._peers() if arrivals.counts[r]]
-            transfers.append(self.start(sends, receives, "the dispatch of rows"))
+        for i, part in enumerate(parts):
+            wire = self.scratch(f"dispatch send {i}", part.rows, pairs.total)
+            for r in self._peers():
+                torch.index_select(part.rows, 0, pairs.of(s.send_tokens, r), out=pairs.of(wire, r))
+            if spec.layout == "rank":  # the arrivals are the result
+                rows = part.rows.new_empty(arrivals.total, *part.rows.shape[1:])
+            else:
+                rows = self.scratch(f"dispatch receive {i}", part.rows, arrivals.total)
+            transfers.append(
+                self._begin(*self._messages(wire, pairs, rows, arrivals), "the dispatch of rows")
+            )
             arrived.append(rows)
         row_weights = None
         if weights is not None:
             entries = weights.new_empty(sizes.recv_entries.total)
             flat = weights.flatten().index_select(0, s.send_entries)
             transfers.append(
-                self._exchange(flat, sizes.send_entries, entries, sizes.recv_entries, "the dispatch of weights")
+                self._exchange(
+                    flat, sizes.send_entries, entries, sizes.recv_entries, "the dispatch of weights"
+                )
             )
         for part, rows in zip(parts, arrived, strict=True):
             own_tokens = pairs.of(s.send_tokens, self.rank)
             torch.index_select(part.rows, 0, own_tokens, out=arrivals.of(rows, self.rank))
-        for transfer in transfers:
-            transfer.wait()
+        self._finish(transfers)
 
         if weights is not None:
             row_weights = weights.new_zeros(s.rows.numel() + 1)  # the last one takes what is dropped
             row_weights.index_copy_(0, s.entry_rows, entries)
             row_weights = row_weights[:-1].view(s.rows.shape).clone()
         place = _expand if spec.layout == "expert" else _fit
-        return [place(rows, s.rows, part.padding) for part, rows in zip(parts, arrived, strict=True)], row_weights
+        return [
+            place(rows, s.rows, part.padding) for part, rows in zip(parts, arrived, strict=True)
+        ], row_weights
 
     # --- combine ---
 
@@ -218,26 +265,31 @@ class AllToAllBackend(Backend):
         biases: Sequence[torch.Tensor],
         state: Sequence[torch.Tensor],
         spec: RoutingSpec,
-        num_tokens: int,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         s = AllToAllState(*state)
+        num_tokens = len(s.tokens)
         sizes = Sizes.unpack(s.host_sizes, self.size, spec.num_topk, spec.layout)
         pairs, arrivals = sizes.send_pairs, sizes.recv_pairs
-        returned = rows.new_empty(pairs.total, *rows.shape[1:])
+        returned = self.scratch("combine receive", rows, pairs.total)
         own_returned = pairs.of(returned, self.rank)
 
         # The sums that travel come first, this rank's own while they are under way.
         if spec.layout == "rank":
             partial = _fit_length(rows, arrivals.total)
-            own_returned_later = lambda: own_returned.copy_(arrivals.of(partial, self.rank))  # noqa: E731
+
+            def sum_own() -> None:
+                own_returned.copy_(arrivals.of(partial, self.rank))
         else:
-            partial = rows.new_empty(arrivals.total, *rows.shape[1:])
+            partial = self.scratch("combine send", rows, arrivals.total)
             before, own, after = self._local_sums(s, sizes)
             first, last = arrivals.starts[self.rank], arrivals.starts[self.rank + 1]
             _sum_rows(rows, before, partial[:first])
             _sum_rows(rows, after, partial[last:])
-            own_returned_later = lambda: _sum_rows(rows, own, own_returned)  # noqa: E731
-        transfers = [self.start(*self._messages(partial, arrivals, returned, pairs), "the combine of rows")]
+
+            def sum_own() -> None:
+                _sum_rows(rows, own, own_returned)
+
+        transfers = [self._begin(*self._messages(partial, arrivals, returned, pairs), "the combine of rows")]
         topk_weights = None
         if row_weights is not None:
             # A dropped row has no weight, so its entry gives zero.
@@ -245,11 +297,12 @@ class AllToAllBackend(Backend):
             entries = row_weights.new_empty(sizes.send_entries.total)
             arrived = padded.index_select(0, s.entry_rows)
             transfers.append(
-                self._exchange(arrived, sizes.recv_entries, entries, sizes.send_entries, "the combine of weights")
+                self._exchange(
+                    arrived, sizes.recv_entries, entries, sizes.send_entries, "the combine of weights"
+                )
             )
-        own_returned_later()
-        for transfer in transfers:
-            transfer.wait()
+        sum_own()
+        self._finish(transfers)
 
         if row_weights is not None:
             topk_weights = row_weights.new_zeros(num_tokens * spec.num_topk)
@@ -307,39 +360,36 @@ def _fit_length(rows: torch.Tensor, length: int, padding: float = 0.0) -> torch.
 
 
 def _sum_rows(
-    rows: torch.Tensor, sums: SumLists | _Passes, out: torch.Tensor, biases: Sequence[torch.Tensor] = ()
+    rows: torch.Tensor, sums: _Passes, out: torch.Tensor, biases: Sequence[torch.Tensor] = ()
 ) -> None:
     """``out[targets] += rows[sources]`` pass by pass, starting from the biases; rounded once to ``out``'s dtype.
 
     A sum starts from its first term; an empty one is +0. Sums of bfloat16 and float16 are kept in float32.
     """
-    starts, start = [], 0
-    for size in sums.sizes:
-        starts.append((start, start + size))
-        start += size
-    passes = [(sums.targets[a:b], sums.sources[a:b]) for a, b in starts if b > a]
-
+    ends = list(itertools.accumulate(sums.sizes))
+    passes = [
+        (sums.targets[end - size : end], sums.sources[end - size : end])
+        for size, end in zip(sums.sizes, ends, strict=True)
+        if size
+    ]
     exact = out.dtype in (torch.float32, torch.float64)
-    single = len(passes) <= 1 and not biases  # nothing is added, so nothing needs float32
-    total = out if exact or single else out.new_empty(out.shape, dtype=torch.float32)
+    nothing_to_add = len(passes) + len(biases) <= 1
+    total = out if exact or nothing_to_add else out.new_empty(out.shape, dtype=torch.float32)
     if biases:
         total.copy_(biases[0])
         for bias in biases[1:]:
-            total += bias
+            total.add_(bias)
     elif not passes:
         total.zero_()
     else:
         targets, sources = passes.pop(0)
-        first = rows.index_select(0, sources) if total is not out else None
-        if first is not None:
-            first = first.float()
-        if len(targets) < len(total):
-            total.zero_()
-            total.index_copy_(0, targets, rows.index_select(0, sources) if first is None else first)
-        elif first is None:
+        if (
+            len(targets) == len(total) and total.dtype == rows.dtype
+        ):  # every sum has a first term: no need for zeros
             torch.index_select(rows, 0, sources, out=total)
         else:
-            total = first
+            total.zero_()
+            total.index_copy_(0, targets, rows.index_select(0, sources).to(total.dtype))
     for targets, sources in passes:
         total.index_add_(0, targets, rows.index_select(0, sources).to(total.dtype))
     if total is not out:

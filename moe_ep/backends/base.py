@@ -43,6 +43,7 @@ class Routing:
     ROWS = 2  # rank layout: local expert ids [N, K] int64; expert layout: the arrival of each row [N] int64, -1 padding
     ROWS_NEEDED = 3  # [1] int64: rows of the exact result
     SPLITS = 4  # on the host, int64: rows of each local expert in the output [L], or [0] where only the device knows
+    TOKENS = 5  # [T, 0] int64: no numbers, but T as a shape, where torch.compile can follow it
 
 
 class Backend(ABC):
@@ -74,7 +75,6 @@ class Backend(ABC):
         biases: Sequence[torch.Tensor],
         state: Sequence[torch.Tensor],
         spec: RoutingSpec,
-        num_tokens: int,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The transpose of dispatch: sums ``[T, H]``, and of the row weights ``[T, K]``."""
 

@@ -7,15 +7,15 @@ stay on a rank cost nothing.
 from __future__ import annotations
 
 import time
+import weakref
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
-from ..errors import PeerTimeoutError
+from ..errors import InvalidInput, PeerTimeoutError
 from .alltoall import AllToAllBackend, Message
-
-_REPORT_GRACE_S = 5.0
+from .faults import find_silent_ranks
 
 
 class CollectiveBackend(AllToAllBackend):
@@ -24,7 +24,9 @@ class CollectiveBackend(AllToAllBackend):
     name = "collective"
 
     def __init__(self, group: dist.ProcessGroup | None, channel: int, timeout_s: float) -> None:
-        self.group = group
+        super().__init__()
+        # NOTE: weak, since a group that outlives destroy_process_group() aborts the process at its exit.
+        self._group = weakref.ref(group) if group is not None else None
         self.rank = dist.get_rank(group) if group is not None else 0
         self.size = dist.get_world_size(group) if group is not None else 1
         self.channel = channel
@@ -33,6 +35,12 @@ class CollectiveBackend(AllToAllBackend):
         on_cpu = group is None or "cpu:" in self.transport
         self.device = torch.device("cpu") if on_cpu else torch.device("cuda", torch.cuda.current_device())
         self._global_ranks = dist.get_process_group_ranks(group) if group is not None else [0]
+
+    def group(self) -> dist.ProcessGroup:
+        group = self._group() if self._group is not None else None
+        if group is None:
+            raise InvalidInput("the torch.distributed group of this communicator has been destroyed")
+        return group
 
     def start(self, sends: list[Message], receives: list[Message], phase: str) -> _Transfer:
         return _Transfer(self, sends, receives, phase)
@@ -49,29 +57,26 @@ class CollectiveBackend(AllToAllBackend):
         deadline = time.monotonic() + self.timeout_s
         while not done.query():
             if time.monotonic() > deadline:
-                silent = self.find_silent_ranks(set(range(self.size)) - {self.rank}, phase)
-                raise PeerTimeoutError(silent, phase, f"within {self.timeout_s:g} s")
+                others = set(range(self.size)) - {self.rank}
+                raise self.give_up(others, phase, f"waited {self.timeout_s:g} s")
             time.sleep(20e-6)
 
-    def find_silent_ranks(self, suspects: set[int], phase: str) -> set[int]:
-        """Which of ``suspects`` are to blame: those that don't report a failure of their own.
-
-        A failure of one rank soon becomes a failure of all, so every rank that notices one says so in the group's
-        store before it raises; a dead or late one can't.
-        """
-        try:
-            store = dist.PrefixStore(
-                f"moe_ep/{self.channel}/{self._global_ranks}", dist.distributed_c10d._get_default_store()
+    def give_up(self, suspects: set[int], phase: str, cause: str) -> PeerTimeoutError:
+        """The error to raise when the messages of ``suspects`` don't come."""
+        ranks, account = suspects, ""
+        store = _default_store()
+        if store is not None:
+            prefix = f"moe_ep/{'-'.join(map(str, self._global_ranks))}/{self.channel}"
+            ranks, account = find_silent_ranks(
+                dist.PrefixStore(prefix, store), self.rank, self.size, suspects, phase
             )
-            store.set(str(self.rank), phase)
-            deadline = time.monotonic() + _REPORT_GRACE_S
-            silent = set(suspects)
-            while silent and time.monotonic() < deadline:
-                silent = {rank for rank in silent if not store.check([str(rank)])}
-                time.sleep(0.05)
-            return silent or suspects
-        except (RuntimeError, ValueError):  # the store went down with the rank that served it
-            return suspects
+        return PeerTimeoutError(ranks, phase, "; ".join(filter(None, [cause, account])))
+
+
+def _default_store() -> dist.Store | None:
+    # NOTE: torch has no public way to the default group's store; without it the suspects themselves are named.
+    get_store = getattr(dist.distributed_c10d, "_get_default_store", None)
+    return get_store() if get_store is not None else None
 
 
 class _Transfer:
@@ -81,10 +86,13 @@ class _Transfer:
         self._backend, self._phase = backend, phase
         self._peers: list[int] = []
         self._works: list[dist.Work] = []
+        self._on_device = False
         self._tensors = sends, receives  # alive until the messages are through
-        group, tag = backend.group, backend.channel
         ops = [(dist.irecv, m) for m in receives] + [(dist.isend, m) for m in sends]
-        self._on_device = bool(ops) and ops[0][1].tensor.is_cuda
+        if not ops:
+            return
+        group, tag = backend.group(), backend.channel
+        self._on_device = ops[0][1].tensor.is_cuda
         if self._on_device:
             p2p = [dist.P2POp(op, _as_bytes(m.tensor), group=group, group_peer=m.peer) for op, m in ops]
             self._works = dist.batch_isend_irecv(p2p)
@@ -114,9 +122,8 @@ class _Transfer:
             self._fail(set(failed), next(iter(failed.values())))
 
     def _fail(self, suspects: set[int], error: RuntimeError) -> None:
-        silent = self._backend.find_silent_ranks(suspects, self._phase)
-        detail = f"within {self._backend.timeout_s:g} s, or its connection broke ({_first_line(error)})"
-        raise PeerTimeoutError(silent, self._phase, detail) from error
+        cause = f"waited at most {self._backend.timeout_s:g} s; {_brief(error)}"
+        raise self._backend.give_up(suspects, self._phase, cause) from error
 
 
 def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
@@ -124,5 +131,5 @@ def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.view(-1).view(torch.uint8)
 
 
-def _first_line(error: RuntimeError) -> str:
-    return str(error).strip().splitlines()[0]
+def _brief(error: RuntimeError) -> str:
+    return str(error).strip().splitlines()[0].split(" This is typically")[0]

@@ -46,10 +46,14 @@ class ReceivePlan:
 
     tokens_per_expert: torch.Tensor  # [L]
     padded_tokens_per_expert: torch.Tensor  # [L]
-    rows: torch.Tensor  # rank layout: local expert ids [N, K]; expert layout: arrival of each row [N], -1 = padding
+    rows: (
+        torch.Tensor
+    )  # rank layout: local expert ids [N, K]; expert layout: arrival of each row [N], -1 = padding
     rows_needed: torch.Tensor  # [1]
     splits: torch.Tensor  # [L] rows of each local expert in the output
-    entry_rows: torch.Tensor  # [P] flat position of each arrived entry among the row weights; the last one + 1 = dropped
+    entry_rows: (
+        torch.Tensor
+    )  # [P] flat position of each arrived entry among the row weights; the last one + 1 = dropped
     sum_slots: SumLists  # how expert rows add up to arrivals; sizes [NUM_RANGES * K], range by range
 
 
@@ -88,7 +92,9 @@ def encode(expert: torch.Tensor, k: torch.Tensor, new_pair: torch.Tensor, num_to
     return (expert * num_topk + k) * 2 + new_pair
 
 
-def plan_receives(codes: torch.Tensor, own: tuple[int, int], num_arrivals: int, spec: RoutingSpec) -> ReceivePlan:
+def plan_receives(
+    codes: torch.Tensor, own: tuple[int, int], num_arrivals: int, spec: RoutingSpec
+) -> ReceivePlan:
     """``codes [P]`` in the order (source rank, token, k); ``own`` is the range of this rank's own arrivals."""
     device = codes.device
     num_topk, num_local = spec.num_topk, spec.num_local_experts
@@ -146,10 +152,11 @@ def _plan_rank_layout(
     entry_rows = torch.where(arrival < num_rows, arrival * num_topk + k, num_rows * num_topk)
     ids = torch.full((num_rows * num_topk + 1,), -1, dtype=torch.int64, device=expert.device)
     ids[entry_rows] = expert
-    no_sums = SumLists(*(torch.zeros(0, dtype=torch.int64, device=expert.device),) * 3)
+    no_sums = SumLists(*(torch.empty(0, dtype=torch.int64, device=expert.device) for _ in range(3)))
     needed = torch.tensor([num_arrivals], device=expert.device)
     ids = ids[: num_rows * num_topk].view(num_rows, num_topk).contiguous()
-    return ReceivePlan(counts, counts.clone(), ids, needed, counts.cpu(), entry_rows, no_sums)
+    splits = counts.to("cpu", copy=True)
+    return ReceivePlan(counts, counts.clone(), ids, needed, splits, entry_rows, no_sums)
 
 
 def _sum_lists(slots: torch.Tensor, targets: torch.Tensor, sources: torch.Tensor, num_slots: int) -> SumLists:

@@ -119,6 +119,7 @@ class VirtualBackend(AllToAllBackend):
     device = torch.device("cpu")
 
     def __init__(self, group: VirtualGroup, channel: int, timeout_s: float) -> None:
+        super().__init__()
         self.group = group
         self.rank, self.size = group.rank, group.size
         self.channel = channel

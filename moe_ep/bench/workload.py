@@ -1,0 +1,69 @@
+"""What is benchmarked: sizes, routings, and the bytes they put on the wire."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ..errors import InvalidInput
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_NUM_INPUTS = 3  # rotated, so that no call finds its input in a cache
+
+
+@dataclass(frozen=True)
+class Workload:
+    """``num_tokens`` tokens per rank; ``unbalanced_ratio`` is the load of rank 0 over the mean of all ranks."""
+
+    num_tokens: int
+    hidden: int
+    num_topk: int
+    num_experts: int
+    dtype: str
+    layout: str
+    unbalanced_ratio: float
+
+    def check(self, num_ranks: int) -> None:
+        if self.num_topk > self.num_experts:
+            raise InvalidInput(f"--num-topk {self.num_topk} is more than --num-experts {self.num_experts}")
+        largest = min(float(num_ranks), self.num_experts / self.num_topk)
+        if not 1.0 <= self.unbalanced_ratio <= largest:
+            raise InvalidInput(
+                f"--unbalanced-ratio {self.unbalanced_ratio:g} must lie between 1 and {largest:g} here: "
+                "at most all entries go to one rank"
+            )
+
+    def topk_idx(self, rank: int, num_ranks: int) -> torch.Tensor:
+        """Random distinct experts, ``[T, K]`` int64."""
+        generator = torch.Generator().manual_seed(1 + rank)
+        noise = torch.rand(self.num_tokens, self.num_experts, generator=generator).log().neg().log().neg()
+        per_rank = self.num_experts // num_ranks
+
+        def route(bias: float) -> torch.Tensor:
+            scores = noise.clone()
+            scores[:, :per_rank] += bias
+            return scores.topk(self.num_topk, dim=1).indices
+
+        low, high = 0.0, 40.0
+        while self.unbalanced_ratio > 1 and high - low > 1e-3:
+            bias = (low + high) / 2
+            ratio = (route(bias) < per_rank).float().mean().item() * num_ranks
+            low, high = (bias, high) if ratio < self.unbalanced_ratio else (low, bias)
+        return route(low)
+
+    def inputs(self, rank: int, device: torch.device) -> list[torch.Tensor]:
+        torch.manual_seed(100 + rank)
+        return [
+            torch.randn(self.num_tokens, self.hidden, device=device, dtype=DTYPES[self.dtype])
+            for _ in range(_NUM_INPUTS)
+        ]
+
+    def pairs_by_rank(self, topk_idx: torch.Tensor, num_ranks: int) -> list[int]:
+        """How many tokens go to each rank."""
+        ranks = topk_idx // (self.num_experts // num_ranks)
+        return [int((ranks == r).any(1).sum()) for r in range(num_ranks)]
+
+    @property
+    def row_bytes(self) -> int:
+        return self.hidden * DTYPES[self.dtype].itemsize
