@@ -12,6 +12,7 @@ from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 from setuptools.errors import CompileError, OptionError
 
 ROOT = Path(__file__).resolve().parent
@@ -43,6 +44,15 @@ def wanted_nvcc() -> str | None:
     if mode == "1" and nvcc is None:
         raise OptionError("MOE_EP_BUILD_CUDA=1, but there is no nvcc: put it on PATH or set CUDA_HOME")
     return nvcc
+
+
+class BuildPython(build_py):
+    """Says once, in the build itself and not in each step around it, that there will be no CUDA kernels."""
+
+    def run(self) -> None:
+        if not self.distribution.has_ext_modules() and os.environ.get("MOE_EP_BUILD_CUDA") != "0":
+            print("moe_ep: no nvcc found, so the package is built without CUDA kernels", file=sys.stderr)
+        super().run()
 
 
 class BuildWithNvcc(build_ext):
@@ -117,8 +127,6 @@ def _run(command: list[str]) -> None:
 
 def extensions() -> list[Extension]:
     if wanted_nvcc() is None:
-        if os.environ.get("MOE_EP_BUILD_CUDA") != "0":
-            print("moe_ep: no nvcc found, so the package is built without CUDA kernels", file=sys.stderr)
         return []
     sources = sorted(path for pattern in ("*.cu", "*.cpp") for path in CSRC.rglob(pattern))
     return [Extension("moe_ep._C", [path.relative_to(ROOT).as_posix() for path in sources])]
@@ -129,6 +137,6 @@ setup(
     package_dir={name: folder for name, folder in ROOMS.items() if (ROOT / folder).is_dir()},
     package_data={"": ["py.typed"]},
     ext_modules=extensions(),
-    cmdclass={"build_ext": BuildWithNvcc},
+    cmdclass={"build_ext": BuildWithNvcc, "build_py": BuildPython},
     zip_safe=False,
 )
