@@ -20,7 +20,6 @@ import torch
 import torch.distributed as dist
 
 from . import __version__, _extension, env, fp8, functional, reference, testing
-from .errors import MoeEpError
 
 HELP = """Say in words what this machine can run, and what is missing for more.
 
@@ -167,7 +166,7 @@ def _fp8_kernel_test(device: torch.device) -> Fact:
     x = torch.randn(64, 512, device=device, dtype=torch.bfloat16)
     try:
         tokens = fp8.quantize(x)
-    except (MoeEpError, RuntimeError) as error:
+    except RuntimeError as error:
         return Fact(section, name, f"does not run: {error}", ok=False)
     data, scale_inv = fp8.quantize_torch(x)
     same = torch.equal(tokens.data.view(torch.uint8), data.view(torch.uint8))
@@ -250,7 +249,7 @@ def _self_test() -> Fact:
         failures = [
             f"{layout} layout: {what}" for layout in reference.LAYOUTS for what in _differences(layout)
         ]
-    except (MoeEpError, RuntimeError, ValueError) as error:
+    except Exception as error:  # whatever it is, it belongs in the report
         failures = [f"{type(error).__name__}: {error}"]
     seconds = time.perf_counter() - started
     ranks = f"dispatch and combine on {SELF_TEST_RANKS} virtual ranks"

@@ -4,6 +4,7 @@
 
 #include "common/vector.cuh"
 #include "fp8/blocks.cuh"
+#include "fp8/checks.h"
 #include "fp8/formulas.cuh"
 
 namespace moe_ep::fp8 {
@@ -87,12 +88,8 @@ Status launch_as(const QuantizeRowwise& launch) {
   const bool vectors =
       launch.cols % kElements == 0 && is_aligned(launch.x, 16) && is_aligned(launch.data, kElements);
   const int64_t grid = grid_for(blocks, vectors ? Tiling<kElements>::kBlocksPerWarp : 1);
-  if (grid > INT32_MAX) {
-    return Status::invalid(
-        "quantize_rowwise: x of %lld x %lld needs %lld thread blocks, at most 2^31 - 1 can run",
-        static_cast<long long>(launch.rows), static_cast<long long>(launch.cols),
-        static_cast<long long>(grid));
-  }
+  const Status grid_status = check_grid("quantize_rowwise", launch.rows, launch.cols, grid);
+  if (!grid_status.is_ok()) return grid_status;
   auto* kernel = &quantize_elements<T>;
   if (vectors) kernel = &quantize_vectors<T>;
   kernel<<<static_cast<unsigned int>(grid), kThreads, 0, launch.stream>>>(
@@ -103,16 +100,9 @@ Status launch_as(const QuantizeRowwise& launch) {
 }  // namespace
 
 Status quantize_rowwise(const QuantizeRowwise& launch) {
-  if (launch.rows < 0 || launch.cols < 0) {
-    return Status::invalid("quantize_rowwise: rows and cols must be >= 0, got %lld and %lld",
-                           static_cast<long long>(launch.rows), static_cast<long long>(launch.cols));
-  }
-  if (launch.rows == 0 || launch.cols == 0) return Status::ok();
-  if (launch.x == nullptr || launch.data == nullptr || launch.scale_inv == nullptr) {
-    return Status::invalid(
-        "quantize_rowwise: x, data and scale_inv must not be null for %lld x %lld elements",
-        static_cast<long long>(launch.rows), static_cast<long long>(launch.cols));
-  }
+  const Status status = check_arguments("quantize_rowwise", launch.rows, launch.cols,
+                                        {launch.x, launch.data, launch.scale_inv}, "x, data and scale_inv");
+  if (!status.is_ok() || launch.rows == 0 || launch.cols == 0) return status;
   return for_dtype(launch.dtype,
                    [&](auto* type) { return launch_as<std::remove_pointer_t<decltype(type)>>(launch); });
 }
