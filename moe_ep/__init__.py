@@ -32,5 +32,6 @@ __all__ = [
 ]
 
 # layers/ and recipes/ are installed inside this package; in a checkout they lie beside it.
-if (_Path(__file__).parents[1] / "layers" / "__init__.py").exists():
-    __path__.append(str(_Path(__file__).parents[1]))
+_checkout = _Path(__file__).parents[1]
+if (_checkout / "csrc").is_dir() and (_checkout / "layers" / "__init__.py").exists():
+    __path__.append(str(_checkout))

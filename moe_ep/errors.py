@@ -31,6 +31,10 @@ class PeerTimeoutError(MoeEpError):
     def __init__(self, ranks: Iterable[int], phase: str, detail: str) -> None:
         self.ranks = tuple(sorted(ranks))
         self.phase = phase
+        self.detail = detail
         names = ", ".join(map(str, self.ranks))
         subject = f"rank {names}" if len(self.ranks) == 1 else f"ranks {names}"
         super().__init__(f"{subject} did not answer during {phase}: {detail}")
+
+    def __reduce__(self) -> tuple:
+        return type(self), (self.ranks, self.phase, self.detail)

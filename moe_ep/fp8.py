@@ -14,10 +14,12 @@ power-of-two scales, no amax floor), so that the bytes equal its kernels' bit fo
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 
+from . import _extension
 from .errors import InvalidInput
 
 BLOCK = 128
@@ -26,7 +28,7 @@ E4M3_NAN = 0x7F
 MODES = ("blockwise",)
 """The values of every ``fp8=`` argument besides None."""
 
-_QUANTISABLE = (torch.bfloat16, torch.float16, torch.float32)
+QUANTISABLE = (torch.bfloat16, torch.float16, torch.float32)
 _FLOAT32_EXPONENT_AND_SIGN = -(1 << 23)  # 0xFF800000 as int32
 
 
@@ -83,7 +85,7 @@ def quantize(x: torch.Tensor) -> Fp8Tokens:
     Differentiable straight-through: the gradient of the result's ``carrier`` is the gradient of ``x``.
     Raises InvalidInput for another dtype or shape.
     """
-    if x.dim() != 2 or x.dtype not in _QUANTISABLE:
+    if x.dim() != 2 or x.dtype not in QUANTISABLE:
         raise InvalidInput(
             f"quantize takes a [M, H] tensor of bfloat16, float16 or float32, not {x.dtype} of shape {tuple(x.shape)}"
         )
@@ -92,7 +94,52 @@ def quantize(x: torch.Tensor) -> Fp8Tokens:
 
 def dequantize(data: torch.Tensor, scale_inv: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """``data * scale_inv`` by blocks in float32, rounded once to ``dtype``; ``[M, H]``. Not differentiable."""
-    return dequantize_torch(data, scale_inv, dtype)
+    kernels = _kernels(data) if dtype in QUANTISABLE else None
+    if kernels is None:
+        return dequantize_torch(data, scale_inv, dtype)
+    out = torch.empty(data.shape, dtype=dtype, device=data.device)
+    with torch.cuda.device(data.device):
+        kernels.dequantize_rowwise(
+            data=data.data_ptr(),
+            scale_inv=scale_inv.data_ptr(),
+            rows=data.shape[0],
+            cols=data.shape[1],
+            out=out.data_ptr(),
+            dtype=_kernel_dtype(kernels, dtype),
+            stream=torch.cuda.current_stream(data.device).cuda_stream,
+        )
+    return out
+
+
+def _quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    kernels = _kernels(x)
+    if kernels is None:
+        return quantize_torch(x)
+    num_rows, hidden = x.shape
+    data = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
+    scale_inv = torch.empty(num_rows, -(-hidden // BLOCK), dtype=torch.float32, device=x.device)
+    with torch.cuda.device(x.device):
+        kernels.quantize_rowwise(
+            x=x.data_ptr(),
+            dtype=_kernel_dtype(kernels, x.dtype),
+            rows=num_rows,
+            cols=hidden,
+            data=data.data_ptr(),
+            scale_inv=scale_inv.data_ptr(),
+            stream=torch.cuda.current_stream(x.device).cuda_stream,
+        )
+    return data, scale_inv
+
+
+def _kernels(tensor: torch.Tensor) -> ModuleType | None:
+    """The compiled kernels, where they apply: not on a CPU, and not while torch.compile, which fuses these, traces."""
+    if not tensor.is_cuda or torch.compiler.is_compiling() or not tensor.is_contiguous():
+        return None
+    return _extension.load_for(tensor.device)
+
+
+def _kernel_dtype(kernels: ModuleType, dtype: torch.dtype) -> object:
+    return getattr(kernels.DType, str(dtype).removeprefix("torch."))
 
 
 def quantize_torch(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -138,7 +185,7 @@ def make_carrier(like: torch.Tensor, shape: tuple[int, ...] | torch.Size) -> tor
 class _Quantize(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
-        data, scale_inv = quantize_torch(x)
+        data, scale_inv = _quantize(x)
         ctx.mark_non_differentiable(data, scale_inv)
         return data, scale_inv, make_carrier(x, x.shape)
 

@@ -139,8 +139,8 @@ def combine(
     if not isinstance(handle, DispatchHandle):
         raise InvalidInput(f"handle is a {type(handle).__name__}; it must be the handle of a dispatch")
     comm = find(handle.communicator_id)
-    check_fp8_mode("fp8_backward", fp8_backward)
     check_tokens("expert_rows", expert_rows, comm, handle.num_rows)
+    check_fp8_mode("fp8_backward", fp8_backward, expert_rows.dtype)
     biases = () if bias is None else (bias,) if isinstance(bias, torch.Tensor) else tuple(bias)
     check_biases(biases, expert_rows, handle.num_tokens)
     with named_range("moe_ep.combine"):

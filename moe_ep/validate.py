@@ -118,9 +118,16 @@ def check_layout(layout: str, expert_alignment: int, max_recv_rows: int | None) 
         raise InvalidInput(f"max_recv_rows is {max_recv_rows!r}; it must be None or an int of at least 0")
 
 
-def check_fp8_mode(name: str, mode: str | None) -> None:
-    if mode is not None and mode not in fp8.MODES:
+def check_fp8_mode(name: str, mode: str | None, dtype: torch.dtype | None = None) -> None:
+    """``dtype`` is that of the tensor to be quantised, if there is one."""
+    if mode is None:
+        return
+    if mode not in fp8.MODES:
         raise InvalidInput(f"{name} is {mode!r}; allowed are None and {', '.join(map(repr, fp8.MODES))}")
+    if dtype not in (None, *fp8.QUANTISABLE):
+        raise InvalidInput(
+            f"{name} is {mode!r} with {dtype}; only bfloat16, float16 and float32 are quantised"
+        )
 
 
 def check_handle(handle: DispatchHandle, comm: Communicator) -> None:

@@ -113,8 +113,12 @@ class AllToAllBackend(Backend):
         num_bytes = math.prod(shape) * like.element_size()
         buffer = self._scratch.get(name)
         if buffer is None or len(buffer) < num_bytes:
-            buffer = self._scratch[name] = torch.empty(num_bytes, dtype=torch.uint8)
+            buffer = self._scratch[name] = self.allocate(name, num_bytes)
         return buffer[:num_bytes].view(like.dtype).view(shape)
+
+    def allocate(self, name: str, num_bytes: int) -> torch.Tensor:
+        """Memory for scratch; what lay under ``name`` before is no longer needed."""
+        return torch.empty(num_bytes, dtype=torch.uint8)
 
     # --- planning ---
 
@@ -133,7 +137,7 @@ class AllToAllBackend(Backend):
         recv_counts = torch.empty_like(sends.counts)
         self._exchange_columns(sends.counts, recv_counts, "the exchange of counts")
         counts = self.host_values(torch.cat([sends.counts, recv_counts]), "the exchange of counts")
-        send_pairs, send_entries, recv_pairs, recv_entries = (Segments(c) for c in counts)
+        _, send_entries, recv_pairs, recv_entries = (Segments(c) for c in counts)
 
         codes = topk_idx.new_empty(recv_entries.total, dtype=torch.int64)
         self._finish(

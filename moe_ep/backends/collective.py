@@ -1,7 +1,8 @@
 """Any torch.distributed group: gloo on CPU, NCCL on CUDA, any network.
 
 Messages are the group's point-to-point operations, so that segments travel from and to where they lie and rows that
-stay on a rank cost nothing.
+stay on a rank cost nothing. Between CPU ranks of one machine, large messages are handed over in shared memory and the
+group carries only the word that they are there.
 """
 
 from __future__ import annotations
@@ -14,8 +15,12 @@ import torch
 import torch.distributed as dist
 
 from ..errors import InvalidInput, PeerTimeoutError
-from .alltoall import AllToAllBackend, Message
+from .alltoall import AllToAllBackend, Message, Transfer
 from .faults import find_silent_ranks
+from .shared_memory import Neighbours, SharedBuffer
+
+SHARED_MEMORY_MIN_BYTES = 1 << 16
+"""Smaller messages are faster through the group itself."""
 
 
 class CollectiveBackend(AllToAllBackend):
@@ -35,6 +40,19 @@ class CollectiveBackend(AllToAllBackend):
         on_cpu = group is None or "cpu:" in self.transport
         self.device = torch.device("cpu") if on_cpu else torch.device("cuda", torch.cuda.current_device())
         self._global_ranks = dist.get_process_group_ranks(group) if group is not None else [0]
+        self.neighbours = None
+        if on_cpu and self.size > 1:
+            self.neighbours = Neighbours(self.rank, self.all_gather)
+            if self.neighbours.ranks:
+                self.transport += (
+                    f", shared memory with {len(self.neighbours.ranks)} of {self.size - 1} others"
+                )
+
+    def close(self) -> None:
+        super().close()
+        if self.neighbours is not None:
+            self.neighbours.close()
+            self.neighbours = None
 
     def group(self) -> dist.ProcessGroup:
         group = self._group() if self._group is not None else None
@@ -42,8 +60,22 @@ class CollectiveBackend(AllToAllBackend):
             raise InvalidInput("the torch.distributed group of this communicator has been destroyed")
         return group
 
-    def start(self, sends: list[Message], receives: list[Message], phase: str) -> _Transfer:
-        return _Transfer(self, sends, receives, phase)
+    def start(self, sends: list[Message], receives: list[Message], phase: str) -> Transfer:
+        if not sends and not receives:
+            return _NOTHING
+        on_device = (sends or receives)[0].tensor.is_cuda
+        return (_DeviceTransfer if on_device else _HostTransfer)(self, sends, receives, phase)
+
+    def shares_memory(self, message: Message) -> bool:
+        """Both ends must come to the same answer from what both know: who they are and the size."""
+        if self.neighbours is None or message.peer not in self.neighbours.ranks:
+            return False
+        return message.tensor.nbytes >= SHARED_MEMORY_MIN_BYTES
+
+    def allocate(self, name: str, num_bytes: int) -> torch.Tensor:
+        if self.neighbours is None or not self.neighbours.ranks:
+            return super().allocate(name, num_bytes)
+        return self.neighbours.allocate(name, num_bytes)
 
     def host_values(self, values: torch.Tensor, phase: str) -> list:
         if values.is_cuda:
@@ -67,9 +99,8 @@ class CollectiveBackend(AllToAllBackend):
         store = _default_store()
         if store is not None:
             prefix = f"moe_ep/{'-'.join(map(str, self._global_ranks))}/{self.channel}"
-            ranks, account = find_silent_ranks(
-                dist.PrefixStore(prefix, store), self.rank, self.size, suspects, phase
-            )
+            store = dist.PrefixStore(prefix, store)
+            ranks, account = find_silent_ranks(store, self.rank, self.size, suspects, phase)
         return PeerTimeoutError(ranks, phase, "; ".join(filter(None, [cause, account])))
 
 
@@ -79,57 +110,112 @@ def _default_store() -> dist.Store | None:
     return get_store() if get_store is not None else None
 
 
-class _Transfer:
+class _NoTransfer:
+    def wait(self) -> None:
+        """Nothing was sent and nothing will come."""
+
+
+_NOTHING = _NoTransfer()
+
+
+class _DeviceTransfer:
+    """NCCL: the current stream waits for the messages, the host does not."""
+
+    def __init__(
+        self, backend: CollectiveBackend, sends: list[Message], receives: list[Message], phase: str
+    ) -> None:
+        ops = [(dist.irecv, m) for m in receives] + [(dist.isend, m) for m in sends]
+        group = backend.group()
+        p2p = [dist.P2POp(op, _as_bytes(m.tensor), group=group, group_peer=m.peer) for op, m in ops]
+        self._works = dist.batch_isend_irecv(p2p)
+
+    def wait(self) -> None:
+        for work in self._works:
+            work.wait()
+
+
+class _HostTransfer:
+    """gloo. A message in shared memory is a notice there and an acknowledgement back when it has been read."""
+
     def __init__(
         self, backend: CollectiveBackend, sends: list[Message], receives: list[Message], phase: str
     ) -> None:
         self._backend, self._phase = backend, phase
-        self._peers: list[int] = []
-        self._works: list[dist.Work] = []
-        self._on_device = False
-        self._tensors = sends, receives  # alive until the messages are through
-        ops = [(dist.irecv, m) for m in receives] + [(dist.isend, m) for m in sends]
-        if not ops:
-            return
-        group, tag = backend.group(), backend.channel
-        self._on_device = ops[0][1].tensor.is_cuda
-        if self._on_device:
-            p2p = [dist.P2POp(op, _as_bytes(m.tensor), group=group, group_peer=m.peer) for op, m in ops]
-            self._works = dist.batch_isend_irecv(p2p)
-            return
-        for op, message in ops:
-            self._peers.append(message.peer)
-            try:
-                where = {"group_src" if op is dist.irecv else "group_dst": message.peer}
-                self._works.append(op(_as_bytes(message.tensor), group=group, tag=tag, **where))
-            except RuntimeError as error:
-                self._fail({message.peer}, error)
+        self._works: list[tuple[int, dist.Work, torch.Tensor]] = []
+        self._expected: list[tuple[Message, dist.Work, torch.Tensor]] = []
+        self._borrowed: list[SharedBuffer] = []
+        for message in receives:
+            if backend.shares_memory(message):
+                notice = Neighbours.empty_notice()
+                self._expected.append((message, self._post(dist.irecv, message.peer, notice), notice))
+            else:
+                self._remember(dist.irecv, message.peer, _as_bytes(message.tensor))
+        for message in sends:
+            if backend.shares_memory(message):
+                self._remember(dist.isend, message.peer, self._notice_of(message.tensor))
+                self._remember(
+                    dist.irecv, message.peer, torch.empty(1, dtype=torch.uint8), acknowledgement=True
+                )
+            else:
+                self._remember(dist.isend, message.peer, _as_bytes(message.tensor))
 
     def wait(self) -> None:
-        if self._on_device:
-            for work in self._works:
-                work.wait()  # the current stream waits, the host does not
-            return
         deadline = time.monotonic() + self._backend.timeout_s
         failed: dict[int, RuntimeError] = {}
-        for peer, work in zip(self._peers, self._works, strict=True):
-            left = max(0.001, deadline - time.monotonic())
-            try:
-                work.wait(timedelta(seconds=left))
-            except RuntimeError as error:
-                failed[peer] = error
+        for message, work, notice in self._expected:
+            if self._ended(message.peer, work, deadline, failed):
+                data = self._backend.neighbours.read(message.peer, notice, message.tensor.nbytes)
+                _as_bytes(message.tensor).copy_(data)
+                self._remember(
+                    dist.isend, message.peer, torch.zeros(1, dtype=torch.uint8), acknowledgement=True
+                )
+        for peer, work, _ in self._works:
+            self._ended(peer, work, deadline, failed)
         if failed:
             self._fail(set(failed), next(iter(failed.values())))
+        for buffer in self._borrowed:
+            self._backend.neighbours.give_back(buffer)
+
+    def _notice_of(self, tensor: torch.Tensor) -> torch.Tensor:
+        neighbours = self._backend.neighbours
+        buffer = neighbours.find(tensor)
+        if buffer is None:
+            buffer = neighbours.borrow(tensor.nbytes)
+            self._borrowed.append(buffer)
+            copy = buffer.bytes[: tensor.nbytes]
+            copy.copy_(_as_bytes(tensor))
+            tensor = copy
+        return neighbours.notice(buffer, tensor)
+
+    def _remember(self, op, peer: int, data: torch.Tensor, acknowledgement: bool = False) -> None:
+        self._works.append((peer, self._post(op, peer, data, acknowledgement), data))
+
+    def _post(self, op, peer: int, data: torch.Tensor, acknowledgement: bool = False) -> dist.Work:
+        where = {"group_src" if op is dist.irecv else "group_dst": peer}
+        tag = 2 * self._backend.channel + acknowledgement
+        try:
+            return op(data, group=self._backend.group(), tag=tag, **where)
+        except RuntimeError as error:
+            if isinstance(error, InvalidInput):
+                raise
+            self._fail({peer}, error)
+
+    @staticmethod
+    def _ended(peer: int, work: dist.Work, deadline: float, failed: dict[int, RuntimeError]) -> bool:
+        left = max(0.001, deadline - time.monotonic())
+        try:
+            work.wait(timedelta(seconds=left))
+        except RuntimeError as error:
+            failed[peer] = error
+            return False
+        return True
 
     def _fail(self, suspects: set[int], error: RuntimeError) -> None:
-        cause = f"waited at most {self._backend.timeout_s:g} s; {_brief(error)}"
+        brief = str(error).strip().splitlines()[0].split(" This is typically")[0]
+        cause = f"waited at most {self._backend.timeout_s:g} s; {brief}"
         raise self._backend.give_up(suspects, self._phase, cause) from error
 
 
 def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     """Every dtype travels as bytes; not every group knows every dtype."""
     return tensor.view(-1).view(torch.uint8)
-
-
-def _brief(error: RuntimeError) -> str:
-    return str(error).strip().splitlines()[0].split(" This is typically")[0]

@@ -55,11 +55,16 @@ class PostOffice:
             self._changed.notify_all()
         return parcel
 
-    def collect(self, source: int, destination: int, channel: int, deadline: float) -> _Parcel | None:
-        """The oldest parcel, or None when the deadline (of time.monotonic()) passes first."""
+    def collect(
+        self, sources: Iterable[int], destination: int, channel: int, deadline: float
+    ) -> tuple[int, _Parcel] | None:
+        """The oldest parcel of whichever source has one, or None when the deadline (of time.monotonic()) passes."""
         with self._changed:
-            box = self._boxes.setdefault((source, destination, channel), deque())
-            return box.popleft() if self._wait_for(lambda: bool(box), deadline) else None
+            boxes = {s: self._boxes.setdefault((s, destination, channel), deque()) for s in sources}
+            if not self._wait_for(lambda: any(boxes.values()), deadline):
+                return None
+            source = next(s for s, box in boxes.items() if box)
+            return source, boxes[source].popleft()
 
     def mark_read(self, parcel: _Parcel) -> None:
         with self._changed:
@@ -99,18 +104,17 @@ class _Transfer:
         backend = self._backend
         office = backend.group.post_office
         deadline = time.monotonic() + backend.timeout_s
-        missing = set()
-        for source, tensor in self._receives:
-            parcel = office.collect(source, backend.rank, backend.channel, deadline)
-            if parcel is None:
-                missing.add(source)
-                continue
-            tensor.copy_(parcel.tensor)
+        awaited = dict(self._receives)
+        while awaited:
+            # Whichever comes first: a peer that this rank keeps waiting for nothing would be blamed by others.
+            arrived = office.collect(awaited, backend.rank, backend.channel, deadline)
+            if arrived is None:
+                break
+            source, parcel = arrived
+            awaited.pop(source).copy_(parcel.tensor)
             office.mark_read(parcel)
-        missing.update(
-            destination for destination, parcel in self._sent if not office.wait_read(parcel, deadline)
-        )
-        if missing:
+        unread = {peer for peer, parcel in self._sent if not office.wait_read(parcel, deadline)}
+        if missing := set(awaited) or unread:
             raise PeerTimeoutError(missing, self._phase, f"waited {backend.timeout_s:g} s")
 
 
