@@ -136,6 +136,24 @@ def test_quantize_equals_exact_arithmetic(kind, dtype):
     assert_same_bits(tokens.data.view(torch.uint8), data, f"{kind}: data")
 
 
+def largest_values(dtype: torch.dtype) -> torch.Tensor:
+    """Every positive finite number of a 16-bit dtype; of float32 those around each step of the scale, 7 * 2^j."""
+    if dtype == torch.float32:
+        steps = torch.tensor([7.0 * 2.0**j for j in range(-128, 126)]).view(torch.int32)
+        return (steps.unsqueeze(1) + torch.arange(-4, 5, dtype=torch.int32)).view(torch.float32).flatten()
+    infinity = torch.tensor(INF, dtype=dtype).view(torch.int16).item()
+    return torch.arange(1, infinity, dtype=torch.int16).view(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_scale_of_every_largest_value_is_exact(dtype):
+    x = largest_values(dtype).unsqueeze(1)
+    tokens = fp8.quantize(x)
+    data, scale_inv = exact_quantize(x)
+    assert_same_bits(tokens.scale_inv, scale_inv, "scale_inv")
+    assert_same_bits(tokens.data.view(torch.uint8), data, "data")
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("hidden", [1, 16, 127, 129, 144, 272])
 def test_a_partial_last_block_has_a_scale_of_its_own_values(hidden, dtype):
