@@ -5,17 +5,25 @@ import functools
 import pytest
 import torch
 from cases import LAYOUTS, Case, standard_cases
-from exercise import assert_case, run_case
+from exercise import assert_case, assert_same_bits, dispatch_results, expected, run_case
 from processes import run_gloo
 
 import moe_ep
+from moe_ep.backends import collective
 
 FEW = ("bfloat16", "masked", "odd_ranks_empty", "static_overflow", "special_bfloat16", "fp8_both_ways")
-CASES = standard_cases(world_sizes=[1, 2, 4]) + standard_cases(world_sizes=[8], names=FEW)
+CASES = [("messages", case) for case in standard_cases(world_sizes=[1, 2, 4])]
+CASES += [("messages", case) for case in standard_cases(world_sizes=[8], names=FEW)]
+CASES += [("shared memory", case) for case in standard_cases(world_sizes=[2])]
+CASES += [("shared memory", case) for case in standard_cases(world_sizes=[4], names=FEW)]
+
+# Messages from this many bytes on go through memory that ranks of one machine share.
+MIN_BYTES = {"messages": 1 << 62, "shared memory": 1}
 
 
-def run_cases(cases):
+def run_cases(transport, cases):
     """On one rank: the results of each case, or what went wrong in it, and nothing after that."""
+    collective.SHARED_MEMORY_MIN_BYTES = MIN_BYTES[transport]
     outcomes = []
     for case in cases:
         try:
@@ -29,22 +37,51 @@ def run_cases(cases):
 
 
 @functools.cache
-def outcomes(world_size):
+def outcomes(transport, world_size):
     """By case name and layout: the outcome of every rank."""
-    cases = [case for case in CASES if case.world_size == world_size]
-    by_rank = run_gloo(world_size, run_cases, cases)
+    cases = [case for how, case in CASES if (how, case.world_size) == (transport, world_size)]
+    by_rank = run_gloo(world_size, run_cases, transport, cases)
     return {
         str(case): [mine[i] if i < len(mine) else f"not reached; earlier: {mine[-1]}" for mine in by_rank]
         for i, case in enumerate(cases)
     }
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_forward_and_backward_equal_the_oracle(case):
-    results = outcomes(case.world_size)[str(case)]
+@pytest.mark.parametrize("transport, case", CASES, ids=str)
+def test_forward_and_backward_equal_the_oracle(transport, case):
+    results = outcomes(transport, case.world_size)[str(case)]
     failures = {rank: result for rank, result in enumerate(results) if isinstance(result, str)}
     assert not failures, f"{case}: {failures}"
     assert_case(case, results)
+
+
+SIZES = [
+    Case(f"size_{n}", (n, 1000 - n), hidden=512, num_topk=2, dtype=torch.bfloat16)
+    for n in (10, 900, 90, 899, 1, 0)
+]
+
+
+def run_sizes():
+    """Messages that grow and shrink around the size at which they change their way; combined in reverse order."""
+    options = {**SIZES[0].communicator_arguments, "max_tokens_per_rank": 1000}
+    with moe_ep.Communicator(timeout_s=30, **options) as comm:
+        started = []
+        for case in SIZES:
+            inputs = case.inputs(comm.rank)
+            started.append((case, moe_ep.dispatch(inputs.x, inputs.topk_idx, inputs.topk_weights, comm)))
+        results = []
+        for case, out in reversed(started):
+            rows = case.expert_rows(comm.rank, out.handle.num_rows)
+            results.append(dispatch_results(out) | {"y": moe_ep.combine(rows, out.handle)})
+        return results[::-1]
+
+
+def test_large_messages_of_changing_size():
+    by_rank = run_gloo(2, run_sizes)
+    for i, case in enumerate(SIZES):
+        for rank, wanted in enumerate(expected(case)):
+            for name, value in by_rank[rank][i].items():
+                assert_same_bits(value, wanted[name], f"{case}: rank {rank}: {name}")
 
 
 SUBGROUP_CASE = Case("subgroups", (5, 8), num_experts=8, num_topk=3, routing="masked")

@@ -14,6 +14,7 @@ from exercise import assert_case, run_case
 
 import moe_ep
 from moe_ep import launch
+from moe_ep.backends import collective
 from moe_ep.backends.virtual import VirtualGroup
 from moe_ep.testing import run_ranks
 
@@ -44,8 +45,9 @@ def call(comm, last, before_last=lambda: None):
         y.sum().backward()
 
 
-def work_until_the_peer_dies(directory):
+def work_until_the_peer_dies(directory, shared_memory):
     """Two good rounds on every rank; then rank 1 dies by SIGKILL while the others call again."""
+    collective.SHARED_MEMORY_MIN_BYTES = 1 if shared_memory else 1 << 62
     launch.init_process_group("cpu")
     comm = moe_ep.Communicator(timeout_s=TIMEOUT_S, **CASE.communicator_arguments)
     for _ in range(2):
@@ -72,9 +74,10 @@ def work_until_the_peer_dies(directory):
     os._exit(0)  # leaving the process group would wait for the dead rank
 
 
-def test_a_killed_process_is_named_by_the_others(tmp_path):
+@pytest.mark.parametrize("shared_memory", [False, True])
+def test_a_killed_process_is_named_by_the_others(tmp_path, shared_memory):
     with pytest.raises(Exception, match="SIGKILL"):
-        launch.spawn(work_until_the_peer_dies, 3, str(tmp_path), timeout_s=60)
+        launch.spawn(work_until_the_peer_dies, 3, str(tmp_path), shared_memory, timeout_s=60)
     for rank in (0, 2):
         outcome = torch.load(tmp_path / f"{rank}.pt")
         assert outcome["raised"] == "PeerTimeoutError", outcome
