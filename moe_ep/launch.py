@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -15,6 +16,9 @@ import torch.distributed as dist
 from .errors import InvalidInput, MoeEpError
 
 _LOOPBACK = ("lo", "lo0")
+# glibc returns large blocks to the system at every free, and the page faults of the next allocation cost more than the
+# copy that fills it. It reads these at a process's start.
+_MALLOC = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
 
 
 def spawn(fn: Callable[..., Any], nproc: int, *args: Any, timeout_s: float | None = None) -> None:
@@ -29,9 +33,10 @@ def spawn(fn: Callable[..., Any], nproc: int, *args: Any, timeout_s: float | Non
         raise InvalidInput(f"nproc is {nproc}; it must be at least 1")
     # The store lives in this process, so that it outlives every rank.
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    context = torch.multiprocessing.start_processes(
-        _run_rank, (nproc, store.port, fn, args), nprocs=nproc, join=False, start_method="spawn"
-    )
+    with _environment(_MALLOC):
+        context = torch.multiprocessing.start_processes(
+            _run_rank, (nproc, store.port, fn, args), nprocs=nproc, join=False, start_method="spawn"
+        )
     deadline = None if timeout_s is None else time.monotonic() + timeout_s
     interrupted = False
     try:
@@ -53,6 +58,18 @@ def spawn(fn: Callable[..., Any], nproc: int, *args: Any, timeout_s: float | Non
         raise KeyboardInterrupt
 
 
+@contextmanager
+def _environment(defaults: dict[str, str]) -> Iterator[None]:
+    """Variables for processes started meanwhile, unless the user has set them."""
+    added = {name: value for name, value in defaults.items() if name not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            del os.environ[name]
+
+
 def _run_rank(rank: int, nproc: int, port: int, fn: Callable[..., Any], args: tuple) -> None:
     os.environ.update(
         RANK=str(rank),
@@ -69,6 +86,11 @@ def _run_rank(rank: int, nproc: int, port: int, fn: Callable[..., Any], args: tu
     fn(*args)
 
 
+def inside_launch() -> bool:
+    """Whether this process is a rank that torchrun or `spawn` has started."""
+    return "RANK" in os.environ
+
+
 def init_process_group(device: str | None = None, timeout_s: float = 1800.0) -> tuple[int, int]:
     """Join torch.distributed's default group and return ``(rank, world_size)``.
 
@@ -78,7 +100,7 @@ def init_process_group(device: str | None = None, timeout_s: float = 1800.0) -> 
     """
     if device not in (None, "cpu", "cuda"):
         raise InvalidInput(f"device is {device!r}; allowed are None, 'cpu' and 'cuda'")
-    if "RANK" not in os.environ:
+    if not inside_launch():
         return 0, 1
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

@@ -1,11 +1,10 @@
 """Dispatch and combine in plain torch, for backends that can only send messages.
 
-Rows that stay on their rank are never sent: they are copied while the others travel.
+Rows that stay on their rank are never sent: they are moved while the others travel.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 import time
 from abc import abstractmethod
@@ -16,7 +15,8 @@ from typing import NamedTuple, Protocol
 import torch
 
 from .base import Backend, Part, RoutingSpec
-from .routing import NUM_RANGES, plan_receives, plan_sends
+from .routing import NUM_RANGES, Segments, plan_receives, plan_sends
+from .rows import Passes, add_rows, expand, expand_blocks, fit
 
 
 class Message(NamedTuple):
@@ -27,24 +27,16 @@ class Message(NamedTuple):
 
 
 class Transfer(Protocol):
-    """Messages under way."""
+    """Messages under way: `wait`, read what came, `release`."""
 
-    def wait(self) -> None:
-        """Return when all has arrived and what was sent may be overwritten. Raises PeerTimeoutError."""
+    def wait(self) -> list[torch.Tensor]:
+        """The messages received, in the order asked for: in the tensors given, or where they lie in a peer's memory.
 
+        Raises PeerTimeoutError.
+        """
 
-class Segments:
-    """A tensor's rows by rank: consecutive segments of the given lengths."""
-
-    def __init__(self, counts: Sequence[int]) -> None:
-        self.counts = counts
-        self.starts = [0]
-        for count in counts:
-            self.starts.append(self.starts[-1] + count)
-        self.total = self.starts[-1]
-
-    def of(self, rows: torch.Tensor, rank: int) -> torch.Tensor:
-        return rows[self.starts[rank] : self.starts[rank + 1]]
+    def release(self) -> None:
+        """End the use of a peer's memory, and wait until peers have read what was sent from this rank's."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +51,8 @@ class AllToAllState:
     splits: torch.Tensor
     tokens: torch.Tensor
     host_sizes: torch.Tensor  # [4R + NUM_RANGES * K + K]: counts by rank and list sizes
+    blocks: torch.Tensor
+    row_places: torch.Tensor
     send_tokens: torch.Tensor
     send_entries: torch.Tensor
     entry_rows: torch.Tensor
@@ -66,6 +60,9 @@ class AllToAllState:
     local_sources: torch.Tensor
     owner_targets: torch.Tensor
     owner_sources: torch.Tensor
+
+
+_ON_HOST = ("splits", "host_sizes", "blocks")
 
 
 class Sizes(NamedTuple):
@@ -91,13 +88,22 @@ class AllToAllBackend(Backend):
     device: torch.device
     """Where messages can begin and end, if no tensor says so."""
 
+    def __init__(self) -> None:
+        self.communication_s = 0.0
+        """Host time spent in messages so far."""
+        self._scratch: dict[str, torch.Tensor] = {}
+
     @abstractmethod
     def start(self, sends: list[Message], receives: list[Message], phase: str) -> Transfer:
         """Begin to move messages between this rank and others. ``phase`` is what an error will call it."""
 
-    def __init__(self) -> None:
-        self.communication_s = 0.0  # host time spent in messages so far
-        self._scratch: dict[str, torch.Tensor] = {}
+    def host_values(self, values: torch.Tensor, phase: str) -> list:
+        """``values.tolist()``; a backend whose messages complete on a device bounds the wait."""
+        return values.tolist()
+
+    def allocate(self, name: str, num_bytes: int) -> torch.Tensor:
+        """Memory for scratch; what lay under ``name`` before is no longer needed."""
+        return torch.empty(num_bytes, dtype=torch.uint8)
 
     def close(self) -> None:
         self._scratch.clear()
@@ -116,100 +122,58 @@ class AllToAllBackend(Backend):
             buffer = self._scratch[name] = self.allocate(name, num_bytes)
         return buffer[:num_bytes].view(like.dtype).view(shape)
 
-    def allocate(self, name: str, num_bytes: int) -> torch.Tensor:
-        """Memory for scratch; what lay under ``name`` before is no longer needed."""
-        return torch.empty(num_bytes, dtype=torch.uint8)
+    def peers(self) -> Iterable[int]:
+        """The other ranks, beginning with the next one, so that not all send to the same rank first."""
+        return ((self.rank + i) % self.size for i in range(1, self.size))
 
     # --- planning ---
 
     def state_devices(self, device: torch.device) -> list[torch.device]:
-        on_host = ("splits", "host_sizes")
-        return [
-            torch.device("cpu") if name in on_host else device for name in AllToAllState.__dataclass_fields__
-        ]
-
-    def host_values(self, values: torch.Tensor, phase: str) -> list:
-        """``values.tolist()``; a backend whose messages complete on a device bounds the wait."""
-        return values.tolist()
+        names = AllToAllState.__dataclass_fields__
+        return [torch.device("cpu") if name in _ON_HOST else device for name in names]
 
     def plan(self, topk_idx: torch.Tensor, spec: RoutingSpec) -> list[torch.Tensor]:
         sends = plan_sends(topk_idx.long(), spec)
-        recv_counts = torch.empty_like(sends.counts)
-        self._exchange_columns(sends.counts, recv_counts, "the exchange of counts")
+        recv_counts = self._exchange_columns(sends.counts, "the exchange of counts")
         counts = self.host_values(torch.cat([sends.counts, recv_counts]), "the exchange of counts")
         _, send_entries, recv_pairs, recv_entries = (Segments(c) for c in counts)
 
-        codes = topk_idx.new_empty(recv_entries.total, dtype=torch.int64)
-        self._finish(
-            [self._exchange(sends.codes, send_entries, codes, recv_entries, "the exchange of routing")]
-        )
-        own = recv_pairs.starts[self.rank], recv_pairs.starts[self.rank + 1]
-        receives = plan_receives(codes, own, recv_pairs.total, spec)
-        host_sizes = torch.cat(
-            [torch.tensor(counts).flatten(), receives.sum_slots.sizes.cpu(), sends.sum_slots.sizes.cpu()]
-        )
+        codes = sends.codes.new_empty(recv_entries.total)
+        Exchange(self, sends.codes, send_entries, codes, recv_entries, "the exchange of routing").finish()
+        receives = plan_receives(codes, recv_pairs, self.rank, spec)
+        list_sizes = [receives.sum_slots.sizes.cpu(), sends.sum_slots.sizes.cpu()]
         state = AllToAllState(
-            receives.tokens_per_expert,
-            receives.padded_tokens_per_expert,
-            receives.rows,
-            receives.rows_needed,
-            receives.splits,
-            topk_idx.new_empty((len(topk_idx), 0), dtype=torch.int64),
-            host_sizes,
-            sends.tokens,
-            sends.entries,
-            receives.entry_rows,
-            receives.sum_slots.targets,
-            receives.sum_slots.sources,
-            sends.sum_slots.targets,
-            sends.sum_slots.sources,
+            tokens_per_expert=receives.tokens_per_expert,
+            padded_tokens_per_expert=receives.padded_tokens_per_expert,
+            rows=receives.rows,
+            rows_needed=receives.rows_needed,
+            splits=receives.splits,
+            tokens=topk_idx.new_empty((len(topk_idx), 0), dtype=torch.int64),
+            host_sizes=torch.cat([torch.tensor(counts).flatten(), *list_sizes]),
+            blocks=receives.blocks,
+            row_places=receives.row_places,
+            send_tokens=sends.tokens,
+            send_entries=sends.entries,
+            entry_rows=receives.entry_rows,
+            local_targets=receives.sum_slots.targets,
+            local_sources=receives.sum_slots.sources,
+            owner_targets=sends.sum_slots.targets,
+            owner_sources=sends.sum_slots.sources,
         )
         return [getattr(state, name) for name in AllToAllState.__dataclass_fields__]
 
-    def _exchange_columns(self, send: torch.Tensor, recv: torch.Tensor, phase: str) -> None:
+    def _exchange_columns(self, send: torch.Tensor, phase: str) -> torch.Tensor:
         """Column r of ``send [n, R]`` goes to rank r."""
         columns = send.t().contiguous()
         received = torch.empty_like(columns)
         one_each = Segments([1] * self.size)
-        self._finish([self._exchange(columns, one_each, received, one_each, phase)])
-        recv.copy_(received.t())
+        Exchange(self, columns, one_each, received, one_each, phase).finish()
+        return received.t()
 
     def all_gather(self, values: torch.Tensor) -> torch.Tensor:
         columns = values.to(self.device).unsqueeze(1).expand(-1, self.size)
-        recv = torch.empty_like(columns, memory_format=torch.contiguous_format)
-        self._exchange_columns(columns, recv, "a barrier")
-        return torch.tensor(self.host_values(recv, "a barrier")).t()
-
-    def _exchange(
-        self, send: torch.Tensor, send_to: Segments, recv: torch.Tensor, recv_from: Segments, phase: str
-    ) -> Transfer:
-        """Start the exchange of whole tensors; this rank's own segment is copied at once."""
-        transfer = self._begin(*self._messages(send, send_to, recv, recv_from), phase)
-        recv_from.of(recv, self.rank).copy_(send_to.of(send, self.rank))
-        return transfer
-
-    def _messages(
-        self, send: torch.Tensor, send_to: Segments, recv: torch.Tensor, recv_from: Segments
-    ) -> tuple[list[Message], list[Message]]:
-        sends = [Message(r, send_to.of(send, r)) for r in self._peers() if send_to.counts[r]]
-        receives = [Message(r, recv_from.of(recv, r)) for r in self._peers() if recv_from.counts[r]]
-        return sends, receives
-
-    def _begin(self, sends: list[Message], receives: list[Message], phase: str) -> Transfer:
-        before = time.perf_counter()
-        transfer = self.start(sends, receives, phase)
-        self.communication_s += time.perf_counter() - before
-        return transfer
-
-    def _finish(self, transfers: Iterable[Transfer]) -> None:
-        before = time.perf_counter()
-        for transfer in transfers:
-            transfer.wait()
-        self.communication_s += time.perf_counter() - before
-
-    def _peers(self) -> Iterable[int]:
-        """The other ranks, beginning with the next one, so that not all send to the same rank first."""
-        return ((self.rank + i) % self.size for i in range(1, self.size))
+        received = self._exchange_columns(columns, "a barrier")
+        return torch.tensor(self.host_values(received, "a barrier")).t()
 
     # --- dispatch ---
 
@@ -222,43 +186,54 @@ class AllToAllBackend(Backend):
     ) -> tuple[list[torch.Tensor], torch.Tensor | None]:
         s = AllToAllState(*state)
         sizes = Sizes.unpack(s.host_sizes, self.size, spec.num_topk, spec.layout)
-        pairs, arrivals = sizes.send_pairs, sizes.recv_pairs
-
-        transfers, arrived = [], []
-        for i, part in enumerate(parts):
-            wire = self.scratch(f"dispatch send {i}", part.rows, pairs.total)
-            for r in self._peers():
-                torch.index_select(part.rows, 0, pairs.of(s.send_tokens, r), out=pairs.of(wire, r))
-            if spec.layout == "rank":  # the arrivals are the result
-                rows = part.rows.new_empty(arrivals.total, *part.rows.shape[1:])
-            else:
-                rows = self.scratch(f"dispatch receive {i}", part.rows, arrivals.total)
-            transfers.append(
-                self._begin(*self._messages(wire, pairs, rows, arrivals), "the dispatch of rows")
-            )
-            arrived.append(rows)
-        row_weights = None
+        exchanges = [self._start_dispatch(i, part, s, sizes, spec) for i, part in enumerate(parts)]
         if weights is not None:
             entries = weights.new_empty(sizes.recv_entries.total)
             flat = weights.flatten().index_select(0, s.send_entries)
-            transfers.append(
-                self._exchange(
-                    flat, sizes.send_entries, entries, sizes.recv_entries, "the dispatch of weights"
-                )
+            weights_exchange = Exchange(
+                self, flat, sizes.send_entries, entries, sizes.recv_entries, "the dispatch of weights"
             )
-        for part, rows in zip(parts, arrived, strict=True):
-            own_tokens = pairs.of(s.send_tokens, self.rank)
-            torch.index_select(part.rows, 0, own_tokens, out=arrivals.of(rows, self.rank))
-        self._finish(transfers)
+        outputs = [
+            self._place_rows(part, exchange, s, sizes, spec)
+            for part, exchange in zip(parts, exchanges, strict=True)
+        ]
+        if weights is None:
+            return outputs, None
+        weights_exchange.finish()
+        row_weights = weights.new_zeros(s.rows.numel() + 1)  # the last one takes what is dropped
+        row_weights.index_copy_(0, s.entry_rows, entries)
+        return outputs, row_weights[:-1].view(s.rows.shape).clone()
 
-        if weights is not None:
-            row_weights = weights.new_zeros(s.rows.numel() + 1)  # the last one takes what is dropped
-            row_weights.index_copy_(0, s.entry_rows, entries)
-            row_weights = row_weights[:-1].view(s.rows.shape).clone()
-        place = _expand if spec.layout == "expert" else _fit
-        return [
-            place(rows, s.rows, part.padding) for part, rows in zip(parts, arrived, strict=True)
-        ], row_weights
+    def _start_dispatch(
+        self, number: int, part: Part, s: AllToAllState, sizes: Sizes, spec: RoutingSpec
+    ) -> Exchange:
+        wire = self.scratch(f"dispatch send {number}", part.rows, sizes.send_pairs.total)
+        for r in self.peers():
+            tokens = sizes.send_pairs.of(s.send_tokens, r)
+            torch.index_select(part.rows, 0, tokens, out=sizes.send_pairs.of(wire, r))
+        if spec.layout == "rank":  # the arrivals are the result
+            arrived = part.rows.new_empty(sizes.recv_pairs.total, *part.rows.shape[1:])
+        else:
+            arrived = self.scratch(f"dispatch receive {number}", part.rows, sizes.recv_pairs.total)
+        phase = "the dispatch of rows"
+        return Exchange(self, wire, sizes.send_pairs, arrived, sizes.recv_pairs, phase, own=False)
+
+    def _place_rows(
+        self, part: Part, exchange: Exchange, s: AllToAllState, sizes: Sizes, spec: RoutingSpec
+    ) -> torch.Tensor:
+        own_tokens = sizes.send_pairs.of(s.send_tokens, self.rank)
+        if len(s.blocks):
+            arrived = exchange.wait()
+            sources = [(arrived.get(r, part.rows), None) for r in range(self.size)]
+            sources[self.rank] = part.rows, own_tokens
+            rows = expand_blocks(sources, s.row_places, s.blocks.tolist(), s.splits.tolist(), part.padding)
+            exchange.release()
+            return rows
+        torch.index_select(part.rows, 0, own_tokens, out=sizes.recv_pairs.of(exchange.recv, self.rank))
+        exchange.finish()
+        if spec.layout == "rank":
+            return fit(exchange.recv, len(s.rows), part.padding)
+        return expand(exchange.recv, s.rows, part.padding)
 
     # --- combine ---
 
@@ -271,130 +246,112 @@ class AllToAllBackend(Backend):
         spec: RoutingSpec,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         s = AllToAllState(*state)
-        num_tokens = len(s.tokens)
         sizes = Sizes.unpack(s.host_sizes, self.size, spec.num_topk, spec.layout)
-        pairs, arrivals = sizes.send_pairs, sizes.recv_pairs
-        returned = self.scratch("combine receive", rows, pairs.total)
-        own_returned = pairs.of(returned, self.rank)
+        returned = self.scratch("combine receive", rows, sizes.send_pairs.total)
+        own_returned = sizes.send_pairs.of(returned, self.rank)
 
         # The sums that travel come first, this rank's own while they are under way.
         if spec.layout == "rank":
-            partial = _fit_length(rows, arrivals.total)
-
-            def sum_own() -> None:
-                own_returned.copy_(arrivals.of(partial, self.rank))
+            partial = fit(rows, sizes.recv_pairs.total)
         else:
-            partial = self.scratch("combine send", rows, arrivals.total)
-            before, own, after = self._local_sums(s, sizes)
-            first, last = arrivals.starts[self.rank], arrivals.starts[self.rank + 1]
-            _sum_rows(rows, before, partial[:first])
-            _sum_rows(rows, after, partial[last:])
-
-            def sum_own() -> None:
-                _sum_rows(rows, own, own_returned)
-
-        transfers = [self._begin(*self._messages(partial, arrivals, returned, pairs), "the combine of rows")]
-        topk_weights = None
+            partial = self.scratch("combine send", rows, sizes.recv_pairs.total)
+            before, own, after = _local_sums(s, sizes)
+            first, last = sizes.recv_pairs.starts[self.rank], sizes.recv_pairs.starts[self.rank + 1]
+            add_rows(rows, before, partial[:first])
+            add_rows(rows, after, partial[last:])
+        phase = "the combine of rows"
+        exchange = Exchange(self, partial, sizes.recv_pairs, returned, sizes.send_pairs, phase, own=False)
         if row_weights is not None:
-            # A dropped row has no weight, so its entry gives zero.
-            padded = torch.cat([row_weights.flatten(), row_weights.new_zeros(1)])
-            entries = row_weights.new_empty(sizes.send_entries.total)
-            arrived = padded.index_select(0, s.entry_rows)
-            transfers.append(
-                self._exchange(
-                    arrived, sizes.recv_entries, entries, sizes.send_entries, "the combine of weights"
-                )
-            )
-        sum_own()
-        self._finish(transfers)
+            weights_exchange = self._start_combining_weights(row_weights, s, sizes)
+        if spec.layout == "rank":
+            own_returned.copy_(sizes.recv_pairs.of(partial, self.rank))
+        else:
+            add_rows(rows, own, own_returned)
+        exchange.finish()
 
-        if row_weights is not None:
-            topk_weights = row_weights.new_zeros(num_tokens * spec.num_topk)
-            topk_weights.index_copy_(0, s.send_entries, entries)
-            topk_weights = topk_weights.view(num_tokens, spec.num_topk)
-        y = rows.new_empty(num_tokens, *rows.shape[1:])
-        owner_sums = _Passes(s.owner_targets, s.owner_sources, sizes.owner_passes)
-        _sum_rows(returned, owner_sums, y, biases)
-        return y, topk_weights
+        y = rows.new_empty(len(s.tokens), *rows.shape[1:])
+        add_rows(returned, Passes(s.owner_targets, s.owner_sources, sizes.owner_passes), y, biases)
+        if row_weights is None:
+            return y, None
+        weights_exchange.finish()
+        topk_weights = row_weights.new_zeros(len(s.tokens) * spec.num_topk)
+        topk_weights.index_copy_(0, s.send_entries, weights_exchange.recv)
+        return y, topk_weights.view(len(s.tokens), spec.num_topk)
 
-    def _local_sums(self, s: AllToAllState, sizes: Sizes) -> list[_Passes]:
-        """The sums inside this rank for the arrivals before its own, its own, and after."""
-        num_topk = len(sizes.local_passes) // NUM_RANGES
-        sums, start = [], 0
-        for i in range(NUM_RANGES):
-            passes = sizes.local_passes[i * num_topk : (i + 1) * num_topk]
-            end = start + sum(passes)
-            sums.append(_Passes(s.local_targets[start:end], s.local_sources[start:end], passes))
-            start = end
-        return sums
+    def _start_combining_weights(self, row_weights: torch.Tensor, s: AllToAllState, sizes: Sizes) -> Exchange:
+        with_dropped = torch.cat([row_weights.flatten(), row_weights.new_zeros(1)])
+        arrived = with_dropped.index_select(0, s.entry_rows)
+        entries = row_weights.new_empty(sizes.send_entries.total)
+        phase = "the combine of weights"
+        return Exchange(self, arrived, sizes.recv_entries, entries, sizes.send_entries, phase)
 
 
-class _Passes(NamedTuple):
-    """A SumLists whose sizes are on the host."""
+class Exchange:
+    """Segments of ``send`` on their way to their ranks, and of ``recv`` from theirs.
 
-    targets: torch.Tensor
-    sources: torch.Tensor
-    sizes: list[int]
-
-
-def _expand(arrived: torch.Tensor, row_arrivals: torch.Tensor, padding: float) -> torch.Tensor:
-    """The expert layout: a row for each entry."""
-    if not len(arrived):
-        return arrived.new_full((len(row_arrivals), *arrived.shape[1:]), padding)
-    rows = arrived.index_select(0, row_arrivals.clamp(min=0))
-    return _fill(rows, row_arrivals < 0, padding)
-
-
-def _fill(rows: torch.Tensor, where: torch.Tensor, value: float) -> torch.Tensor:
-    if rows.device.type == "cpu" and not where.any():
-        return rows
-    return rows.masked_fill_(where.view(-1, *[1] * (rows.dim() - 1)), value)
-
-
-def _fit(arrived: torch.Tensor, ids: torch.Tensor, padding: float) -> torch.Tensor:
-    """The rank layout: the arrivals, cut or padded to as many rows as ``ids`` has."""
-    return _fit_length(arrived, len(ids), padding)
-
-
-def _fit_length(rows: torch.Tensor, length: int, padding: float = 0.0) -> torch.Tensor:
-    if len(rows) >= length:
-        return rows[:length]
-    tail = rows.new_full((length - len(rows), *rows.shape[1:]), padding)
-    return torch.cat([rows, tail])
-
-
-def _sum_rows(
-    rows: torch.Tensor, sums: _Passes, out: torch.Tensor, biases: Sequence[torch.Tensor] = ()
-) -> None:
-    """``out[targets] += rows[sources]`` pass by pass, starting from the biases; rounded once to ``out``'s dtype.
-
-    A sum starts from its first term; an empty one is +0. Sums of bfloat16 and float16 are kept in float32.
+    Exchanges end (`finish`, or `wait` and `release`) in the order in which they began.
+    ``own``: this rank's own segment is copied at once; otherwise the caller sees to it.
     """
-    ends = list(itertools.accumulate(sums.sizes))
-    passes = [
-        (sums.targets[end - size : end], sums.sources[end - size : end])
-        for size, end in zip(sums.sizes, ends, strict=True)
-        if size
-    ]
-    exact = out.dtype in (torch.float32, torch.float64)
-    nothing_to_add = len(passes) + len(biases) <= 1
-    total = out if exact or nothing_to_add else out.new_empty(out.shape, dtype=torch.float32)
-    if biases:
-        total.copy_(biases[0])
-        for bias in biases[1:]:
-            total.add_(bias)
-    elif not passes:
-        total.zero_()
-    else:
-        targets, sources = passes.pop(0)
-        if (
-            len(targets) == len(total) and total.dtype == rows.dtype
-        ):  # every sum has a first term: no need for zeros
-            torch.index_select(rows, 0, sources, out=total)
-        else:
-            total.zero_()
-            total.index_copy_(0, targets, rows.index_select(0, sources).to(total.dtype))
-    for targets, sources in passes:
-        total.index_add_(0, targets, rows.index_select(0, sources).to(total.dtype))
-    if total is not out:
-        out.copy_(total)
+
+    def __init__(
+        self,
+        backend: AllToAllBackend,
+        send: torch.Tensor,
+        send_to: Segments,
+        recv: torch.Tensor,
+        recv_from: Segments,
+        phase: str,
+        own: bool = True,
+    ) -> None:
+        self.recv = recv
+        self._backend = backend
+        sends = [Message(r, send_to.of(send, r)) for r in backend.peers() if send_to.counts[r]]
+        self._receives = [Message(r, recv_from.of(recv, r)) for r in backend.peers() if recv_from.counts[r]]
+        with _Clock(backend):
+            self._transfer = backend.start(sends, self._receives, phase)
+        if own:
+            recv_from.of(recv, backend.rank).copy_(send_to.of(send, backend.rank))
+
+    def wait(self) -> dict[int, torch.Tensor]:
+        """What came from each peer, where it lies; valid until `release`."""
+        with _Clock(self._backend):
+            arrived = self._transfer.wait()
+        return {message.peer: data for message, data in zip(self._receives, arrived, strict=True)}
+
+    def release(self) -> None:
+        with _Clock(self._backend):
+            self._transfer.release()
+
+    def finish(self) -> None:
+        """Have everything in ``recv``."""
+        with _Clock(self._backend):
+            arrived = self._transfer.wait()
+            for message, data in zip(self._receives, arrived, strict=True):
+                if data is not message.tensor:
+                    message.tensor.copy_(data)
+            self._transfer.release()
+
+
+class _Clock:
+    """Adds what passes within it to the backend's communication_s."""
+
+    def __init__(self, backend: AllToAllBackend) -> None:
+        self._backend = backend
+
+    def __enter__(self) -> None:
+        self._start = time.perf_counter()
+
+    def __exit__(self, *_exc: object) -> None:
+        self._backend.communication_s += time.perf_counter() - self._start
+
+
+def _local_sums(s: AllToAllState, sizes: Sizes) -> list[Passes]:
+    """The sums inside this rank for the arrivals before its own, its own, and after."""
+    num_topk = len(sizes.local_passes) // NUM_RANGES
+    sums, start = [], 0
+    for i in range(NUM_RANGES):
+        passes = sizes.local_passes[i * num_topk : (i + 1) * num_topk]
+        end = start + sum(passes)
+        sums.append(Passes(s.local_targets[start:end], s.local_sources[start:end], passes))
+        start = end
+    return sums

@@ -111,8 +111,13 @@ def _default_store() -> dist.Store | None:
 
 
 class _NoTransfer:
-    def wait(self) -> None:
-        """Nothing was sent and nothing will come."""
+    """Nothing was sent and nothing will come."""
+
+    def wait(self) -> list[torch.Tensor]:
+        return []
+
+    def release(self) -> None:
+        pass
 
 
 _NOTHING = _NoTransfer()
@@ -128,10 +133,15 @@ class _DeviceTransfer:
         group = backend.group()
         p2p = [dist.P2POp(op, _as_bytes(m.tensor), group=group, group_peer=m.peer) for op, m in ops]
         self._works = dist.batch_isend_irecv(p2p)
+        self._received = [m.tensor for m in receives]
 
-    def wait(self) -> None:
+    def wait(self) -> list[torch.Tensor]:
         for work in self._works:
             work.wait()
+        return self._received
+
+    def release(self) -> None:
+        pass
 
 
 class _HostTransfer:
@@ -141,38 +151,44 @@ class _HostTransfer:
         self, backend: CollectiveBackend, sends: list[Message], receives: list[Message], phase: str
     ) -> None:
         self._backend, self._phase = backend, phase
-        self._works: list[tuple[int, dist.Work, torch.Tensor]] = []
-        self._expected: list[tuple[Message, dist.Work, torch.Tensor]] = []
+        self._deadline = 0.0
+        self._failed: dict[int, RuntimeError] = {}
+        self._arriving: list[tuple[Message, dist.Work, torch.Tensor]] = []
+        self._leaving: list[tuple[int, dist.Work, torch.Tensor]] = []
+        self._to_acknowledge: list[int] = []
         self._borrowed: list[SharedBuffer] = []
         for message in receives:
-            if backend.shares_memory(message):
-                notice = Neighbours.empty_notice()
-                self._expected.append((message, self._post(dist.irecv, message.peer, notice), notice))
-            else:
-                self._remember(dist.irecv, message.peer, _as_bytes(message.tensor))
+            shared = backend.shares_memory(message)
+            data = Neighbours.empty_notice() if shared else _as_bytes(message.tensor)
+            self._arriving.append((message, self._post(dist.irecv, message.peer, data), data))
         for message in sends:
-            if backend.shares_memory(message):
-                self._remember(dist.isend, message.peer, self._notice_of(message.tensor))
-                self._remember(
-                    dist.irecv, message.peer, torch.empty(1, dtype=torch.uint8), acknowledgement=True
-                )
-            else:
-                self._remember(dist.isend, message.peer, _as_bytes(message.tensor))
+            shared = backend.shares_memory(message)
+            self._send(message.peer, self._notice_of(message.tensor) if shared else _as_bytes(message.tensor))
+            if shared:
+                byte = torch.empty(1, dtype=torch.uint8)
+                work = self._post(dist.irecv, message.peer, byte, acknowledgement=True)
+                self._leaving.append((message.peer, work, byte))
 
-    def wait(self) -> None:
-        deadline = time.monotonic() + self._backend.timeout_s
-        failed: dict[int, RuntimeError] = {}
-        for message, work, notice in self._expected:
-            if self._ended(message.peer, work, deadline, failed):
-                data = self._backend.neighbours.read(message.peer, notice, message.tensor.nbytes)
-                _as_bytes(message.tensor).copy_(data)
-                self._remember(
-                    dist.isend, message.peer, torch.zeros(1, dtype=torch.uint8), acknowledgement=True
-                )
-        for peer, work, _ in self._works:
-            self._ended(peer, work, deadline, failed)
-        if failed:
-            self._fail(set(failed), next(iter(failed.values())))
+    def wait(self) -> list[torch.Tensor]:
+        self._deadline = time.monotonic() + self._backend.timeout_s
+        received = []
+        for message, work, data in self._arriving:
+            self._end(message.peer, work)
+            if self._backend.shares_memory(message) and message.peer not in self._failed:
+                data = self._backend.neighbours.read(message.peer, data, message.tensor.nbytes)
+                received.append(data.view(message.tensor.dtype).view(message.tensor.shape))
+                self._to_acknowledge.append(message.peer)
+            else:
+                received.append(message.tensor)
+        self._raise_if_failed()
+        return received
+
+    def release(self) -> None:
+        for peer in self._to_acknowledge:
+            self._send(peer, torch.zeros(1, dtype=torch.uint8), acknowledgement=True)
+        for peer, work, _ in self._leaving:
+            self._end(peer, work)
+        self._raise_if_failed()
         for buffer in self._borrowed:
             self._backend.neighbours.give_back(buffer)
 
@@ -187,33 +203,33 @@ class _HostTransfer:
             tensor = copy
         return neighbours.notice(buffer, tensor)
 
-    def _remember(self, op, peer: int, data: torch.Tensor, acknowledgement: bool = False) -> None:
-        self._works.append((peer, self._post(op, peer, data, acknowledgement), data))
+    def _send(self, peer: int, data: torch.Tensor, acknowledgement: bool = False) -> None:
+        self._leaving.append((peer, self._post(dist.isend, peer, data, acknowledgement), data))
 
     def _post(self, op, peer: int, data: torch.Tensor, acknowledgement: bool = False) -> dist.Work:
         where = {"group_src" if op is dist.irecv else "group_dst": peer}
-        tag = 2 * self._backend.channel + acknowledgement
+        group = self._backend.group()
         try:
-            return op(data, group=self._backend.group(), tag=tag, **where)
+            return op(data, group=group, tag=2 * self._backend.channel + acknowledgement, **where)
         except RuntimeError as error:
-            if isinstance(error, InvalidInput):
-                raise
-            self._fail({peer}, error)
+            self._failed[peer] = error
+            self._raise_if_failed()
+            raise
 
-    @staticmethod
-    def _ended(peer: int, work: dist.Work, deadline: float, failed: dict[int, RuntimeError]) -> bool:
-        left = max(0.001, deadline - time.monotonic())
+    def _end(self, peer: int, work: dist.Work) -> None:
+        left = max(0.001, self._deadline - time.monotonic())
         try:
             work.wait(timedelta(seconds=left))
         except RuntimeError as error:
-            failed[peer] = error
-            return False
-        return True
+            self._failed[peer] = error
 
-    def _fail(self, suspects: set[int], error: RuntimeError) -> None:
+    def _raise_if_failed(self) -> None:
+        if not self._failed:
+            return
+        error = next(iter(self._failed.values()))
         brief = str(error).strip().splitlines()[0].split(" This is typically")[0]
         cause = f"waited at most {self._backend.timeout_s:g} s; {brief}"
-        raise self._backend.give_up(suspects, self._phase, cause) from error
+        raise self._backend.give_up(set(self._failed), self._phase, cause) from error
 
 
 def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:

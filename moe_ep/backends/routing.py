@@ -7,13 +7,28 @@ expert: one row of the expert layout. Senders order both by (destination rank, t
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
 from .base import RoutingSpec
 
 NUM_RANGES = 3  # arrivals before this rank's own, its own, and after
+MIN_BLOCK_ROWS = 8
+
+
+class Segments:
+    """A tensor's rows by rank: consecutive segments of the given lengths."""
+
+    def __init__(self, counts: Sequence[int]) -> None:
+        self.counts = counts
+        self.starts = [0, *itertools.accumulate(counts)]
+        self.total = self.starts[-1]
+
+    def of(self, rows: torch.Tensor, rank: int) -> torch.Tensor:
+        return rows[self.starts[rank] : self.starts[rank + 1]]
 
 
 @dataclass(frozen=True)
@@ -31,8 +46,8 @@ class SendPlan:
 class SumLists:
     """A sum over ragged lists of rows as at most K passes without a conflict: ``out[targets[i]] += rows[sources[i]]``.
 
-    The lists are sorted by (pass, target); ``sizes [passes]`` says how long each pass is. Pass j adds the j-th term of every sum, so
-    that the terms of one sum are added in a fixed order.
+    The lists are sorted by (pass, target); ``sizes [passes]`` says how long each pass is. Pass j adds the j-th term of
+    every sum, so that the terms of one sum are added in a fixed order.
     """
 
     targets: torch.Tensor
@@ -51,6 +66,12 @@ class ReceivePlan:
     )  # rank layout: local expert ids [N, K]; expert layout: arrival of each row [N], -1 = padding
     rows_needed: torch.Tensor  # [1]
     splits: torch.Tensor  # [L] rows of each local expert in the output
+    blocks: (
+        torch.Tensor
+    )  # [L * R] on the host: rows of each (local expert, source rank); [0] where they are not of use
+    row_places: (
+        torch.Tensor
+    )  # [N] place of each row within its source rank's arrivals, if there are blocks; else [0]
     entry_rows: (
         torch.Tensor
     )  # [P] flat position of each arrived entry among the row weights; the last one + 1 = dropped
@@ -76,7 +97,7 @@ def plan_sends(topk_idx: torch.Tensor, spec: RoutingSpec) -> SendPlan:
     pairs_per_rank = torch.bincount(ranks[starts], minlength=num_ranks)
     codes = encode(flat_idx[entries] % spec.num_local_experts, entries % num_topk, new_pair, num_topk)
 
-    # The owner adds the ranks of a token in ascending order of the highest k that each served: the last entry of a pair.
+    # The owner adds the ranks of a token in ascending order of the highest k that each served: a pair's last entry.
     last = torch.ones_like(new_pair)
     last[:-1] = new_pair[1:]
     last_entries = entries[last]
@@ -88,15 +109,15 @@ def plan_sends(topk_idx: torch.Tensor, spec: RoutingSpec) -> SendPlan:
 
 
 def encode(expert: torch.Tensor, k: torch.Tensor, new_pair: torch.Tensor, num_topk: int) -> torch.Tensor:
-    """One int64 per entry: its local expert, its k, and whether it begins a pair."""
-    return (expert * num_topk + k) * 2 + new_pair
+    """One int32 per entry: its local expert, its k, and whether it begins a pair."""
+    return ((expert * num_topk + k) * 2 + new_pair).int()
 
 
-def plan_receives(
-    codes: torch.Tensor, own: tuple[int, int], num_arrivals: int, spec: RoutingSpec
-) -> ReceivePlan:
-    """``codes [P]`` in the order (source rank, token, k); ``own`` is the range of this rank's own arrivals."""
+def plan_receives(codes: torch.Tensor, arrivals: Segments, rank: int, spec: RoutingSpec) -> ReceivePlan:
+    """``codes [P]`` in the order (source rank, token, k); ``arrivals`` by source rank."""
     device = codes.device
+    codes = codes.long()
+    own = arrivals.starts[rank], arrivals.starts[rank + 1]
     num_topk, num_local = spec.num_topk, spec.num_local_experts
     new_arrival = codes & 1
     k = (codes >> 1) % num_topk
@@ -107,7 +128,7 @@ def plan_receives(
     alignment = spec.expert_alignment
     padded = (counts + alignment - 1) // alignment * alignment
     if spec.layout == "rank":
-        return _plan_rank_layout(expert, k, arrival, counts, num_arrivals, spec)
+        return _plan_rank_layout(expert, k, arrival, counts, arrivals.total, spec)
 
     ends = padded.cumsum(0)
     num_needed = int(ends[-1])
@@ -135,8 +156,35 @@ def plan_receives(
         NUM_RANGES * num_topk,
     )
     splits = (ends.clamp(max=num_rows) - (ends - padded).clamp(max=num_rows)).cpu()
-    needed = ends[-1:].clone()
-    return ReceivePlan(counts, padded, row_arrivals[:num_rows], needed, splits, entry_rows, sum_slots)
+    rows = row_arrivals[:num_rows]
+    blocks, row_places = _plan_blocks(sorted_expert, arrival[order], rows, arrivals, spec)
+    return ReceivePlan(
+        counts, padded, rows, ends[-1:].clone(), splits, blocks, row_places, entry_rows, sum_slots
+    )
+
+
+def _plan_blocks(
+    sorted_expert: torch.Tensor,
+    sorted_arrival: torch.Tensor,
+    rows: torch.Tensor,
+    arrivals: Segments,
+    spec: RoutingSpec,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sizes and places of the blocks of rows that have one expert and one source rank.
+
+    On a CPU, rows of a block are gathered from where the source's arrivals lie straight to where they belong. That is
+    worth a call for each block only if blocks are long.
+    """
+    num_ranks = len(arrivals.counts)
+    num_blocks = spec.num_local_experts * num_ranks
+    on_cpu = rows.device.type == "cpu"
+    if not on_cpu or spec.max_recv_rows is not None or len(rows) < MIN_BLOCK_ROWS * num_blocks:
+        return torch.empty(0, dtype=torch.int64), rows.new_empty(0)
+    starts = torch.tensor(arrivals.starts)
+    source = torch.searchsorted(starts, sorted_arrival, right=True) - 1
+    blocks = torch.bincount(sorted_expert * num_ranks + source, minlength=num_blocks)
+    row_source = torch.searchsorted(starts, rows, right=True) - 1
+    return blocks, rows - starts[row_source.clamp(min=0)]
 
 
 def _plan_rank_layout(
@@ -156,14 +204,11 @@ def _plan_rank_layout(
     needed = torch.tensor([num_arrivals], device=expert.device)
     ids = ids[: num_rows * num_topk].view(num_rows, num_topk).contiguous()
     splits = counts.to("cpu", copy=True)
-    return ReceivePlan(counts, counts.clone(), ids, needed, splits, entry_rows, no_sums)
+    blocks, row_places = torch.empty(0, dtype=torch.int64), ids.new_empty(0)
+    return ReceivePlan(counts, counts.clone(), ids, needed, splits, blocks, row_places, entry_rows, no_sums)
 
 
 def _sum_lists(slots: torch.Tensor, targets: torch.Tensor, sources: torch.Tensor, num_slots: int) -> SumLists:
     # Sorted by target within a pass: a pass that reaches every target is then a plain gather.
     order = (slots * (int(targets.max()) + 1 if len(targets) else 1) + targets).argsort()
     return SumLists(targets[order], sources[order], torch.bincount(slots, minlength=num_slots))
-
-
-def tensors_of(plan: SumLists | ReceivePlan) -> list[torch.Tensor]:
-    return [getattr(plan, field.name) for field in fields(plan)]

@@ -24,7 +24,7 @@ class VirtualGroup:
         self._channels = itertools.count()
 
     def next_channel(self) -> int:
-        """A number for the messages of one communicator, equal on all ranks since all make communicators in one order."""
+        """A number for the messages of one communicator; equal on all ranks, which make them in the same order."""
         return next(self._channels)
 
     @staticmethod
@@ -99,23 +99,32 @@ class _Transfer:
         self, backend: VirtualBackend, sent: list[tuple[int, _Parcel]], receives: list[Message], phase: str
     ) -> None:
         self._backend, self._sent, self._receives, self._phase = backend, sent, receives, phase
+        self._received: dict[int, _Parcel] = {}
 
-    def wait(self) -> None:
+    def wait(self) -> list[torch.Tensor]:
         backend = self._backend
         office = backend.group.post_office
         deadline = time.monotonic() + backend.timeout_s
-        awaited = dict(self._receives)
+        awaited = {source for source, _ in self._receives}
         while awaited:
             # Whichever comes first: a peer that this rank keeps waiting for nothing would be blamed by others.
             arrived = office.collect(awaited, backend.rank, backend.channel, deadline)
             if arrived is None:
-                break
+                raise PeerTimeoutError(awaited, self._phase, f"waited {backend.timeout_s:g} s")
             source, parcel = arrived
-            awaited.pop(source).copy_(parcel.tensor)
+            awaited.remove(source)
+            self._received[source] = parcel
+        return [self._received[source].tensor for source, _ in self._receives]
+
+    def release(self) -> None:
+        backend = self._backend
+        office = backend.group.post_office
+        for parcel in self._received.values():
             office.mark_read(parcel)
+        deadline = time.monotonic() + backend.timeout_s
         unread = {peer for peer, parcel in self._sent if not office.wait_read(parcel, deadline)}
-        if missing := set(awaited) or unread:
-            raise PeerTimeoutError(missing, self._phase, f"waited {backend.timeout_s:g} s")
+        if unread:
+            raise PeerTimeoutError(unread, self._phase, f"waited {backend.timeout_s:g} s")
 
 
 class VirtualBackend(AllToAllBackend):

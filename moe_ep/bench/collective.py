@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,8 +14,8 @@ from .measure import Timing, time_operations
 from .workload import DTYPES, Workload
 
 
-def run_rank(workload: Workload, iterations: int, device_type: str | None, results: dict) -> None:
-    """Measure on this rank; rank 0 fills ``results`` (shared between processes)."""
+def run_rank(workload: Workload, iterations: int, device_type: str | None) -> dict[str, Any] | None:
+    """Measure on this rank, one of those that were launched. Rank 0 returns the results, the others None."""
     rank, size = init_process_group(device_type)
     # One thread each where ranks share the cores; their number is otherwise the user's (OMP_NUM_THREADS).
     torch.set_num_threads(max(1, torch.get_num_threads() // size))
@@ -59,9 +60,10 @@ def run_rank(workload: Workload, iterations: int, device_type: str | None, resul
             None if device.type == "cuda" else lambda: comm._impl.communication_s,
         )
         transport = comm._impl.transport
+    results = None
     if rank == 0:
         off_rank_rows = sum(_without(sent, rank))
-        results.update(
+        results = dict(
             workload=asdict(workload),
             ranks=size,
             device=str(device) if device.type == "cpu" else torch.cuda.get_device_name(device),
@@ -76,6 +78,7 @@ def run_rank(workload: Workload, iterations: int, device_type: str | None, resul
         )
     if dist.is_initialized():
         dist.destroy_process_group()
+    return results
 
 
 class BareAllToAll:
@@ -118,4 +121,4 @@ def _without(counts: list[int], rank: int) -> list[int]:
 
 
 def _on_gpu() -> bool:
-    return dist.is_initialized() and "cuda" in dist.get_backend_config()
+    return dist.is_initialized() and "nccl" in dist.get_backend_config()
