@@ -73,7 +73,8 @@ class Communicator:
         self._impl = _make_backend(backend, group, timeout_s)
         if num_experts % self.size:
             raise InvalidInput(
-                f"num_experts is {num_experts}, which {self.size} ranks can't share equally; use a multiple of {self.size}"
+                f"num_experts is {num_experts}, which {self.size} ranks can't share equally; "
+                f"use a multiple of {self.size}"
             )
         self.hidden = hidden
         self.max_tokens_per_rank = max_tokens_per_rank
@@ -180,8 +181,8 @@ def _make_backend(name: str, group: object, timeout_s: float) -> Backend:
         group = dist.group.WORLD
     if group is not None and not isinstance(group, dist.ProcessGroup):
         raise InvalidInput(
-            f"group is {type(group).__name__}; allowed are None, a torch.distributed ProcessGroup of which this process "
-            "is a member, and a moe_ep.backends.virtual.VirtualGroup"
+            f"group is {type(group).__name__}; allowed are None, a torch.distributed ProcessGroup of which this "
+            "process is a member, and a moe_ep.backends.virtual.VirtualGroup"
         )
     backend = CollectiveBackend(group, _next_channel(group), timeout_s)
     _log.info("backend %r: %d ranks over %s", backend.name, backend.size, backend.transport)

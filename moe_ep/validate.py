@@ -1,4 +1,7 @@
-"""Checks of arguments, made on the host before anything is sent. Each message says what was seen and what is allowed."""
+"""Checks of arguments, made on the host before anything is sent.
+
+Each message says what was seen, what is allowed, and what to do.
+"""
 
 from __future__ import annotations
 
@@ -112,7 +115,8 @@ def check_layout(layout: str, expert_alignment: int, max_recv_rows: int | None) 
         raise InvalidInput(f"expert_alignment is {expert_alignment!r}; it must be an int of at least 1")
     if layout == "rank" and expert_alignment != 1:
         raise InvalidInput(
-            f"expert_alignment is {expert_alignment} with layout='rank', whose rows are not grouped by expert; leave it at 1"
+            f"expert_alignment is {expert_alignment} with layout='rank', whose rows are not grouped by expert; "
+            "leave it at 1"
         )
     if max_recv_rows is not None and (not isinstance(max_recv_rows, int) or max_recv_rows < 0):
         raise InvalidInput(f"max_recv_rows is {max_recv_rows!r}; it must be None or an int of at least 0")
@@ -146,7 +150,8 @@ def check_biases(biases: tuple[torch.Tensor, ...], rows: torch.Tensor, num_token
         wanted = num_tokens, rows.shape[1]
         if tuple(bias.shape) != wanted or bias.dtype != rows.dtype:
             raise InvalidInput(
-                f"bias {i} is {bias.dtype} of shape {tuple(bias.shape)}; it must be {rows.dtype} of shape {wanted}, as the result"
+                f"bias {i} is {bias.dtype} of shape {tuple(bias.shape)}; it must be {rows.dtype} of shape {wanted}, "
+                "as the result"
             )
         _check_device(f"bias {i}", bias, rows.device)
 
