@@ -3,8 +3,8 @@
 Three decisions are kept here and nowhere else:
 
 - *Held out by file.* A file belongs to the training text or to the held-out text as a whole, decided by a hash of its
-  first bytes and its size, so that the split depends on neither its path nor the order. Identical files count once. With too few
-  files for that, the tail of each file is held out instead. No window ever spans the two texts.
+  first bytes and its size, so that the split depends on neither paths nor order. Identical files count once. With too
+  few files for that, the tail of each file is held out instead. No window ever spans the two texts.
 - *A sample is a function of (seed, step, index)*, index being its place in the global batch. The number of ranks, the
   micro-batches and a resumed run therefore see the same data in the same order.
 - *Large files stay on disk*: `--data` files are memory-mapped.
@@ -22,13 +22,11 @@ from pathlib import Path
 
 import torch
 
+from .errors import DataError
+
 TOKEN_DTYPES = {"uint8": torch.uint8, "uint16": torch.uint16, "int32": torch.int32}
 MIN_FILES_TO_SPLIT_BY_FILE = 40
 _HEAD_BYTES = 4096
-
-
-class DataError(ValueError):
-    """The text asked for can't be read, or is too small for the run."""
 
 
 class Text:

@@ -72,15 +72,7 @@ def _draw_loss(path: Path, run: dict[str, Any], train: list[dict], valid: list[d
             marker="o",
             markersize=4,
             linewidth=1.6,
-            label="validation",
-        )
-        axes.annotate(
-            f"{valid[-1]['loss']:.3f}",
-            (valid[-1]["step"], valid[-1]["loss"]),
-            textcoords="offset points",
-            xytext=(0, -14),
-            ha="right",
-            color=VALID,
+            label=f"validation, at the end: {valid[-1]['loss']:.3f}",
         )
     if bigram is not None:
         axes.axhline(

@@ -1,4 +1,4 @@
-"""What a person sees of a run: a live line with rich on a terminal, plain lines elsewhere, nothing on ranks other than 0.
+"""What a person sees of a run: a live line with rich on a terminal, plain lines elsewhere, nothing off rank 0.
 
 The only file that imports rich for the training loop.
 """
