@@ -46,9 +46,15 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
   for (int step = 0; step < Tile::kSteps; ++step) {
     if (!active[step]) continue;
+    __nv_fp8x2_storage_t pairs[kElements / 2];
+    memcpy(pairs, &loaded[step], sizeof(pairs));
     Vector<T, kElements> values;
 #pragma unroll
-    for (int i = 0; i < kElements; ++i) values.at[i] = dequantize<T>(loaded[step].at[i], scale[step]);
+    for (int i = 0; i < kElements; i += 2) {
+      const float2 pair = to_float2(pairs[i / 2]);
+      values.at[i] = from_float<T>(__fmul_rn(pair.x, scale[step]));
+      values.at[i + 1] = from_float<T>(__fmul_rn(pair.y, scale[step]));
+    }
     store(out + offset[step], values);
   }
 }

@@ -39,14 +39,10 @@ __global__ void __launch_bounds__(kThreads)
   float own_scale_inv = 1.0f;  // of step `lane_in_block`
 #pragma unroll
   for (int step = 0; step < Tile::kSteps; ++step) {
+    const Scale scale = scale_from_amax(max_over_lanes<Tile::kLanesPerBlock>(amax_of(loaded[step])));
     float values[kElements];
-    float amax = 0.0f;
 #pragma unroll
-    for (int i = 0; i < kElements; ++i) {
-      values[i] = moe_ep::to_float(loaded[step].at[i]);
-      amax = fmaxf(amax, fabsf(values[i]));
-    }
-    const Scale scale = scale_from_amax<T>(max_over_lanes<Tile::kLanesPerBlock>(amax));
+    for (int i = 0; i < kElements; ++i) values[i] = moe_ep::to_float(loaded[step].at[i]);
     if (active[step]) store(data + offset[step], quantize(values, scale.multiply));
     if (lane_in_block == step) own_scale_inv = scale.inverse;
   }
@@ -72,7 +68,7 @@ __global__ void __launch_bounds__(kThreads)
     values[i] = at < span.length ? moe_ep::to_float(x[span.offset + at]) : 0.0f;
     amax = fmaxf(amax, fabsf(values[i]));
   }
-  const Scale scale = scale_from_amax<T>(max_over_lanes<32>(amax));
+  const Scale scale = scale_from_amax(max_over_lanes<32>(amax));
 #pragma unroll
   for (int i = 0; i < kPerLane; ++i) {
     const int at = lane + 32 * i;

@@ -85,10 +85,12 @@ def add_rows(
     else:
         _set_first_terms(rows, *passes.pop(0), total)
     for targets, sources in passes:
-        step = _rows_in_cache(rows) if rows.device.type == "cpu" else len(targets)
-        for i in range(0, len(targets), step):
-            terms = rows.index_select(0, sources[i : i + step])
-            total.index_add_(0, targets[i : i + step], terms.to(total.dtype))
+        if rows.device.type == "cpu":
+            _add_in_cache(rows, targets, sources, total)
+        else:
+            # NOTE: not index_add_, whose atomics take subnormals for zero on CUDA.
+            terms = rows.index_select(0, sources).to(total.dtype)
+            total.index_copy_(0, targets, terms.add_(total.index_select(0, targets)))
     if total is not out:
         out.copy_(total)
 
@@ -112,6 +114,9 @@ def _set_first_terms(
         total.index_copy_(0, targets, rows.index_select(0, sources).to(total.dtype))
 
 
-def _rows_in_cache(rows: torch.Tensor) -> int:
-    row_bytes = rows[:1].numel() * rows.element_size() if len(rows) else 1
-    return max(1, _CACHE_BYTES // max(1, row_bytes))
+def _add_in_cache(rows: torch.Tensor, targets: torch.Tensor, sources: torch.Tensor, total: torch.Tensor) -> None:
+    """One pass, in steps so short that the gathered rows need not go to memory and back."""
+    step = max(1, _CACHE_BYTES // (rows[0].nbytes or 1))
+    for i in range(0, len(targets), step):
+        terms = rows.index_select(0, sources[i : i + step])
+        total.index_add_(0, targets[i : i + step], terms.to(total.dtype))
