@@ -5,12 +5,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import json
 import os
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
@@ -20,10 +18,11 @@ from moe_ep.errors import MoeEpError
 
 from .checkpoint import latest_checkpoint, read_run
 from .config import TrainConfig, with_model, with_seq_len
-from .data import DataError, load_corpus
+from .data import load_corpus
 from .errors import RecipeError
 from .interrupt import ForwardedStop, catch_signals
 from .metrics import METRICS_FILE
+from .model_settings import add_model_settings, with_model_settings
 from .presets import PRESETS, get_preset
 from .train import train
 
@@ -100,14 +99,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         settings.add_argument(
             "--" + name.replace("_", "-"), type=_TYPES[name], metavar=name.upper(), help=text
         )
-    settings.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="FIELD=VALUE",
-        dest="model_settings",
-        help="a field of moe_ep.layers.ModelConfig, for example --set num_experts=32 (may be repeated)",
-    )
+    add_model_settings(settings)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -123,7 +115,7 @@ def run(args: argparse.Namespace) -> int:
         nproc = args.nproc if args.nproc is not None else max(1, _num_gpus(config))
         _check_before_starting(config, nproc)
         return _start_ranks(config, out, resume, nproc)
-    except (RecipeError, DataError) as error:
+    except RecipeError as error:
         print(f"moe-ep: error: {error}", file=sys.stderr)
         return EXIT_ERROR
 
@@ -151,11 +143,9 @@ def settings_from(args: argparse.Namespace) -> tuple[TrainConfig, Path, bool]:
 
 
 def _override(config: TrainConfig, args: argparse.Namespace) -> TrainConfig:
-    model_changes = dict(_model_setting(text) for text in args.model_settings)
+    config = with_model_settings(config, args.model_settings)
     if args.fp8 is not None:
-        model_changes["fp8"] = "blockwise" if args.fp8 else None
-    if model_changes:
-        config = with_model(config, **model_changes)
+        config = with_model(config, fp8="blockwise" if args.fp8 else None)
     if args.seq_len is not None:
         config = with_seq_len(config, args.seq_len)
     changes = {name: getattr(args, name) for name in _SETTINGS if getattr(args, name) is not None}
@@ -163,17 +153,6 @@ def _override(config: TrainConfig, args: argparse.Namespace) -> TrainConfig:
         # Absolute, so that a resumed run finds them from anywhere.
         changes["data"] = tuple(str(Path(path).resolve()) for path in args.data)
     return dataclasses.replace(config, **changes)
-
-
-def _model_setting(text: str) -> tuple[str, Any]:
-    name, equals, value = text.partition("=")
-    fields = {field.name for field in dataclasses.fields(get_preset("tiny").model)}
-    if not equals or name not in fields:
-        raise RecipeError(f"--set {text!r}: write FIELD=VALUE with one of {', '.join(sorted(fields))}")
-    try:
-        return name, json.loads({"None": "null", "True": "true", "False": "false"}.get(value, value))
-    except json.JSONDecodeError:
-        return name, value
 
 
 def _check_before_starting(config: TrainConfig, nproc: int) -> None:
