@@ -76,7 +76,7 @@ def make_plan(args: argparse.Namespace) -> tuple[str, list[tuple[str, list[tuple
         (
             "on each rank",
             number(per_rank),
-            f"{model.num_experts // ep} experts of each MoE layer, all else whole",
+            f"{model.num_experts // ep} experts a layer, all else whole",
         ),
     ]
 
@@ -86,19 +86,20 @@ def make_plan(args: argparse.Namespace) -> tuple[str, list[tuple[str, list[tuple
         ("weights, bfloat16", gib(2 * per_rank), ""),
         ("gradients, float32", gib(4 * per_rank), ""),
         ("AdamW, float32", gib(12 * per_rank), "master weights and two moments"),
-        ("activations, about", gib(need.activations), "large tensors kept for backward, nothing recomputed"),
-        ("together, about", gib(need.total), f"{STATE_BYTES[dtype]} bytes a parameter, and activations"),
+        ("activations, about", gib(need.activations), "tensors kept for backward, none recomputed"),
+        ("together, about", gib(need.total), f"{STATE_BYTES[dtype]} bytes a parameter + activations"),
     ]
 
     traffic = layer_traffic(model, ep_size=ep, tokens=args.tokens)
     moe_layers = model.num_moe_layers + model.mtp_layers
 
     def wire(num_bytes: float) -> str:
-        return f"{num_bytes / 1e6:,.1f} MB"
+        return f"{num_bytes / 1e9:,.2f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:,.1f} MB"
 
     def floor(num_bytes: float) -> str:
         return f"{num_bytes / (args.link_gbps * 1e9) * 1e6:,.0f} us at {args.link_gbps:g} GB/s"
 
+    # A step: dispatch and combine forward, and each other's backward.
     layer_bf16 = 2 * (traffic.dispatch_bf16 + traffic.combine_bf16)
     layer_fp8 = layer_bf16 - traffic.dispatch_bf16 + traffic.dispatch_fp8
     links = [
@@ -106,9 +107,9 @@ def make_plan(args: argparse.Namespace) -> tuple[str, list[tuple[str, list[tuple
         ("dispatch, bfloat16", wire(traffic.dispatch_bf16), floor(traffic.dispatch_bf16)),
         ("dispatch, FP8", wire(traffic.dispatch_fp8), floor(traffic.dispatch_fp8)),
         ("combine, bfloat16", wire(traffic.combine_bf16), floor(traffic.combine_bf16)),
-        ("forward and backward", wire(layer_bf16), floor(layer_bf16)),
-        ("the same, FP8 dispatch", wire(layer_fp8), floor(layer_fp8)),
-        (f"all {moe_layers} MoE layers", wire(moe_layers * layer_bf16), floor(moe_layers * layer_bf16)),
+        ("step, bfloat16", wire(layer_bf16), floor(layer_bf16)),
+        ("step, FP8 dispatch", wire(layer_fp8), floor(layer_fp8)),
+        (f"bfloat16, {moe_layers} MoE layers", wire(moe_layers * layer_bf16), floor(moe_layers * layer_bf16)),
     ]
     return title, [
         ("parameters", parameters),
@@ -119,7 +120,6 @@ def make_plan(args: argparse.Namespace) -> tuple[str, list[tuple[str, list[tuple
 
 def _show(title: str, sections: list[tuple[str, list[tuple[str, str, str]]]]) -> None:
     try:
-        from rich import box
         from rich.console import Console
         from rich.table import Table
     except ImportError:
@@ -129,15 +129,14 @@ def _show(title: str, sections: list[tuple[str, list[tuple[str, str, str]]]]) ->
             for what, value, remark in rows:
                 print(f"  {what:<24}{value:>14}   {remark}")
         return
-    table = Table(
-        title=title, box=box.SIMPLE_HEAD, title_style="bold", title_justify="left", show_header=False
-    )
-    table.add_column(no_wrap=True)
-    table.add_column(justify="right", no_wrap=True)
-    table.add_column(style="dim")
+    console = Console()
+    console.print(title, style="bold", highlight=False)
     for heading, rows in sections:
-        table.add_row(f"[bold cyan]{heading}[/]")
+        console.print(f"\n{heading}", style="cyan", highlight=False)
+        table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+        table.add_column(min_width=24, no_wrap=True)
+        table.add_column(min_width=12, justify="right", no_wrap=True)
+        table.add_column(style="dim")
         for what, value, remark in rows:
             table.add_row("  " + what, value, remark)
-        table.add_section()
-    Console().print(table)
+        console.print(table)
