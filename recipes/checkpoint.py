@@ -10,9 +10,12 @@ always whole. On several nodes the folder must be on a file system they share.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +51,8 @@ def save_checkpoint(
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir(parents=True)
     _barrier(groups)
-    dcp.save(_state(model, optimizer, groups), checkpoint_id=str(draft), no_dist=groups.world_size == 1)
+    with _one_process_is_fine():
+        dcp.save(_state(model, optimizer, groups), checkpoint_id=str(draft))
     if groups.rank == 0:
         (draft / RUN_FILE).write_text(json.dumps({**run, "step": step}, indent=1))
         shutil.rmtree(final, ignore_errors=True)
@@ -62,7 +66,8 @@ def save_checkpoint(
 
 def load_checkpoint(path: Path, model: nn.Module, optimizer, groups: ParallelGroups) -> None:
     """Fill model and optimiser in place from `path`, saved on any number of ranks; collective."""
-    dcp.load(_state(model, optimizer, groups), checkpoint_id=str(path), no_dist=groups.world_size == 1)
+    with _one_process_is_fine():
+        dcp.load(_state(model, optimizer, groups), checkpoint_id=str(path))
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
@@ -94,6 +99,14 @@ def _state(model: nn.Module, optimizer, groups: ParallelGroups) -> dict[str, Any
         "model": sharded_model_state(model, groups),
         "optimizer": sharded_optimizer_state(model, optimizer, groups),
     }
+
+
+@contextlib.contextmanager
+def _one_process_is_fine() -> Iterator[None]:
+    """Without torch.distributed's warning that it is not initialised, and so assumes one process."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
+        yield
 
 
 def _write_latest(folder: Path, name: str) -> None:

@@ -11,6 +11,8 @@ from moe_ep.layers import ModelConfig
 
 from .errors import RecipeError
 
+DTYPES = ("auto", "bfloat16", "float32", "float64")
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -40,6 +42,7 @@ class TrainConfig:
     # numbers and ranks
     device: str = "auto"
     dtype: str = "auto"
+    threads: int | None = None
     seed: int = 0
     ep: int | None = None
     backend: str = "auto"
@@ -69,7 +72,8 @@ class TrainConfig:
             self._require(name, 0 <= getattr(self, name) < 1, "at least 0 and below 1")
         self._require("keep_checkpoints", self.keep_checkpoints >= 1, "at least 1")
         self._require("device", self.device in ("auto", "cpu", "cuda"), "auto, cpu or cuda")
-        self._require("dtype", self.dtype in ("auto", "float32", "bfloat16"), "auto, float32 or bfloat16")
+        self._require("dtype", self.dtype in DTYPES, " or ".join(DTYPES))
+        self._require("threads", self.threads is None or self.threads >= 1, "at least 1")
         self._require("ep", self.ep is None or self.ep >= 1, "at least 1")
 
     def _require(self, name: str, holds: bool, allowed: str) -> None:

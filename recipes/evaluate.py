@@ -42,7 +42,8 @@ def evaluate(
         logits_BSV = model(windows[:, :-1]).logits[: len(chosen)]
         targets_BS = windows[: len(chosen), 1:]
         if chosen:
-            loss = F.cross_entropy(logits_BSV.flatten(0, 1).float(), targets_BS.flatten(), reduction="sum")
+            wide = logits_BSV.flatten(0, 1).to(torch.promote_types(logits_BSV.dtype, torch.float32))
+            loss = F.cross_entropy(wide, targets_BS.flatten(), reduction="sum")
             total += loss.double()
     if groups.world_size > 1:
         dist.all_reduce(total)

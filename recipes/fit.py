@@ -14,7 +14,7 @@ from .config import TrainConfig
 from .errors import RecipeError
 
 # Bytes per parameter: weight, float32 gradient, two float32 moments, and a float32 master beside a bfloat16 weight.
-STATE_BYTES = {torch.float32: 4 + 4 + 8, torch.bfloat16: 2 + 4 + 8 + 4}
+STATE_BYTES = {torch.bfloat16: 2 + 4 + 8 + 4, torch.float32: 4 + 4 + 8, torch.float64: 8 + 8 + 16}
 
 
 @dataclass(frozen=True)

@@ -29,8 +29,8 @@ class MasterAdamW(torch.optim.Optimizer):
 
     A parameter in bfloat16 gets float32 gradients (`Tensor.grad_dtype`), so that micro-batches add up and ranks
     reduce without rounding, and a float32 copy, `state[p]["master"]`, which the update moves and the parameter is
-    rounded from. A float32 parameter is its own master. All state exists from the start, so that a checkpoint can be
-    loaded at once.
+    rounded from. A float32 or float64 parameter is its own master. All state exists from the start, so that a
+    checkpoint can be loaded at once.
 
     params: parameters, or groups with their own `weight_decay`.
     """
@@ -44,7 +44,7 @@ class MasterAdamW(torch.optim.Optimizer):
     def _prepare(self, parameter: nn.Parameter) -> None:
         state = self.state[parameter]
         weight = parameter.detach()
-        if parameter.dtype != torch.float32:
+        if parameter.dtype.itemsize < torch.float32.itemsize:
             parameter.grad_dtype = torch.float32
             weight = state["master"] = weight.float()
         state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)

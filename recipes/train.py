@@ -51,15 +51,20 @@ class Result:
 def train(config: TrainConfig, out: Path, *, resume: bool = False) -> Result:
     """Train on this rank and the others of the launch (see `moe_ep.launch`); collective.
 
+    A default process group that exists already is used and left as it is.
     out: the run's folder, on a file system that all ranks see. resume: go on from its latest checkpoint.
     Raises RecipeError for settings, text, memory or a folder that can't work, on all ranks, before training.
     """
-    rank, world_size = launch.init_process_group(None if config.device == "auto" else config.device)
+    if dist.is_initialized():
+        joined, (rank, world_size) = False, (dist.get_rank(), dist.get_world_size())
+    else:
+        joined = True
+        rank, world_size = launch.init_process_group(None if config.device == "auto" else config.device)
     try:
         with catch_signals(StopRequest()) as stop:
             return _train(config, out, resume, stop, rank, world_size)
     finally:
-        if dist.is_initialized():
+        if joined and dist.is_initialized():
             dist.destroy_process_group()
 
 
@@ -70,7 +75,7 @@ def _train(
     device, local_ranks = _device(config), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     dtype = _dtype(config, device)
     if device.type == "cpu":
-        torch.set_num_threads(max(1, _cores() // local_ranks))
+        torch.set_num_threads(config.threads or max(1, _cores() // local_ranks))
     ep_size, micro_batch = config.ep_size(world_size), config.micro_batch(world_size)
     check_fits(config, world_size=world_size, local_ranks=local_ranks, dtype=dtype, device=device)
 
