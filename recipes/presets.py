@@ -62,17 +62,19 @@ def tiny() -> TrainConfig:
             num_groups=4,
             topk_groups=2,
             mtp_layers=1,
+            bias_update_rate=3e-3,
             max_seq_len=128,
+            init_std=0.04,
         ),
         seq_len=128,
         batch=16,
-        steps=500,
+        steps=400,
         lr=4e-3,
         warmup=40,
         eval_every=50,
         eval_windows=32,
         final_eval_windows=256,
-        checkpoint_every=250,
+        checkpoint_every=200,
     )
 
 

@@ -215,23 +215,23 @@ def _train(
                 save(step)
                 last_saved = step
 
-    # 6. The end: an interrupted run is saved where it stands; a finished one is measured and drawn.
+    # 6. The end: an interrupted run is saved where it stands; a finished one is measured. Both are drawn.
     if interrupted and step < config.steps:
         if last_saved != step:
             save(step)
         result = Result(step, True, None, None)
-        progress.say(f"stopped after step {step}, saved in {out}. To go on:")
-        progress.say(f"  {resume_command(out, world_size)}")
+        last_words = [
+            f"stopped after step {step}, saved in {out}. To go on:",
+            f"  {resume_command(out, world_size)}",
+        ]
     else:
         result = Result(step, False, *measure(step, final_starts))
+        last_words = describe_result(result.valid_loss, result.bigram_loss, final_starts, config)
     model.comm.close()
     if metrics is not None:
         metrics.close()
-        for line in draw_and_describe_plots(out):
+        for line in draw_and_describe_plots(out) + last_words:
             progress.say(line)
-        if not result.interrupted:
-            for line in describe_result(result.valid_loss, result.bigram_loss, final_starts, config):
-                progress.say(line)
     return result
 
 

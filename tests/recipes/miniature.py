@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import shutil
 from pathlib import Path
 
+import torch.distributed as dist
+
 from moe_ep.layers import ModelConfig
+from moe_ep.recipes.checkpoint import LATEST
 from moe_ep.recipes.config import TrainConfig
 from moe_ep.recipes.metrics import METRICS_FILE, read_metrics
 from moe_ep.recipes.train import train
@@ -65,10 +70,36 @@ def write_text(path: Path) -> Path:
     return path
 
 
-def run_all(runs: list[tuple[TrainConfig, str, bool]]) -> None:
-    """Train each (settings, folder, resume) on the ranks of the default group, one after the other."""
-    for config, folder, resume in runs:
-        train(config, Path(folder), resume=resume)
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One call of `train`. origin: the finished run that this one goes on with, as it was at `ORIGIN_STEP`."""
+
+    config: TrainConfig
+    folder: Path
+    origin: Path | None = None
+
+
+ORIGIN_STEP = 5  # of the checkpoint; the metrics go on for two more steps, as if the run had died after them
+
+
+def run_all(runs: list[Run]) -> None:
+    """Each run on the ranks of the default group (or on this process alone), one after the other."""
+    for run in runs:
+        together = dist.is_initialized()
+        if run.origin is not None and (not together or dist.get_rank() == 0):
+            _copy_as_of(run.origin, run.folder)
+        if together:
+            dist.barrier()
+        train(run.config, run.folder, resume=run.origin is not None)
+
+
+def _copy_as_of(origin: Path, folder: Path) -> None:
+    name = f"step-{ORIGIN_STEP:08d}"
+    shutil.copytree(origin / "checkpoints" / name, folder / "checkpoints" / name)
+    (folder / "checkpoints" / LATEST).write_text(name + "\n")
+    records = read_metrics(origin / METRICS_FILE)
+    kept = [json.dumps(record) for record in records if record["step"] <= ORIGIN_STEP + 2]
+    (folder / METRICS_FILE).write_text("\n".join(kept) + "\n")
 
 
 def losses(folder: Path) -> dict[int, float]:

@@ -7,7 +7,7 @@ import shutil
 import miniature
 import pytest
 import torch
-from miniature import losses, validation
+from miniature import Run, losses, validation
 from processes import run_gloo
 
 from moe_ep.recipes.checkpoint import LATEST, complete_checkpoints, latest_checkpoint, read_run
@@ -22,37 +22,29 @@ PARITY_TOLERANCE = 1e-11
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """All that needs processes, in two launches: folder name -> folder of a finished run."""
+    """The folder of some finished runs: those of one process, and, in one launch, those of four."""
     root = tmp_path_factory.mktemp("runs")
     text = miniature.write_text(root / "text.txt")
     exact = miniature.miniature(text, steps=PARITY_STEPS, dtype="float64")
     saving = miniature.miniature(text, checkpoint_every=5, keep_checkpoints=3)
+    on_ep2, on_ep4 = (dataclasses.replace(saving, ep=ep) for ep in (2, 4))
 
-    one_process = [
-        (exact, root / "one", False),
-        (dataclasses.replace(exact, accumulate=4), root / "one-accumulated", False),
-        (saving, root / "saved-by-one", False),
-    ]
-    for config, folder, resume in one_process:
-        train(config, folder, resume=resume)
-    four = [(dataclasses.replace(exact, ep=ep), str(root / f"four-ep{ep}"), False) for ep in (1, 2, 4)]
-    unbroken = dataclasses.replace(saving, ep=2)
-    run_gloo(4, miniature.run_all, [*four, (unbroken, str(root / "unbroken"), False)])
-
-    # As if the run had died after step 7: the checkpoint of step 5 is there, the metrics go further.
-    for name in ("resumed", "resumed-ep4", "resumed-by-one"):
-        _cut(root / "unbroken", root / name, last_checkpoint=5, last_metric=7)
-    _cut(root / "saved-by-one", root / "resumed-by-four", last_checkpoint=5, last_metric=5)
-    run_gloo(
-        4,
-        miniature.run_all,
+    miniature.run_all(
         [
-            (unbroken, str(root / "resumed"), True),
-            (dataclasses.replace(saving, ep=4), str(root / "resumed-ep4"), True),
-            (dataclasses.replace(saving, ep=2), str(root / "resumed-by-four"), True),
-        ],
+            Run(exact, root / "one"),
+            Run(dataclasses.replace(exact, accumulate=4), root / "one-accumulated"),
+            Run(saving, root / "saved-by-one"),
+        ]
     )
-    train(saving, root / "resumed-by-one", resume=True)
+    four = [Run(dataclasses.replace(exact, ep=ep), root / f"four-ep{ep}") for ep in (1, 2, 4)]
+    four += [
+        Run(on_ep2, root / "unbroken"),
+        Run(on_ep2, root / "resumed", root / "unbroken"),
+        Run(on_ep4, root / "resumed-ep4", root / "unbroken"),
+        Run(on_ep2, root / "resumed-by-four", root / "saved-by-one"),
+    ]
+    run_gloo(4, miniature.run_all, four)
+    miniature.run_all([Run(saving, root / "resumed-by-one", root / "unbroken")])
     return root
 
 
@@ -138,19 +130,6 @@ def test_a_gradient_that_stays_infinite_ends_the_run(tmp_path):
     wild = dataclasses.replace(config, model=dataclasses.replace(config.model, init_std=1e25))
     with pytest.raises(RecipeError, match=r"not finite in 5 steps in a row.*lower --lr"):
         train(wild, tmp_path / "run")
-
-
-def _cut(whole, part, *, last_checkpoint, last_metric):
-    """`part` becomes what `whole` was at an earlier step."""
-    name = f"step-{last_checkpoint:08d}"
-    shutil.copytree(whole / "checkpoints" / name, part / "checkpoints" / name)
-    (part / "checkpoints" / LATEST).write_text(name + "\n")
-    kept = []
-    for line in (whole / "metrics.jsonl").read_text().splitlines():
-        if f'"step": {last_metric + 1},' in line:
-            break
-        kept.append(line)
-    (part / "metrics.jsonl").write_text("\n".join(kept) + "\n")
 
 
 def _tensors(folder):
