@@ -17,6 +17,7 @@ from setuptools.errors import CompileError, OptionError
 
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
+CPU_EXTENSION = "moe_ep._cpu"
 ROOMS = {"moe_ep": "moe_ep", "moe_ep.layers": "layers", "moe_ep.recipes": "recipes"}
 """Package name -> folder. layers/ and recipes/ lie beside moe_ep/ but install inside it."""
 
@@ -50,15 +51,25 @@ class BuildPython(build_py):
     """Says once, in the build itself and not in each step around it, that there will be no CUDA kernels."""
 
     def run(self) -> None:
-        if not self.distribution.has_ext_modules() and os.environ.get("MOE_EP_BUILD_CUDA") != "0":
+        if wanted_nvcc() is None and os.environ.get("MOE_EP_BUILD_CUDA") != "0":
             print("moe_ep: no nvcc found, so the package is built without CUDA kernels", file=sys.stderr)
         super().run()
 
 
-class BuildWithNvcc(build_ext):
-    """Compiles csrc with nvcc, each file on its own and only when it or a header of it has changed."""
+class BuildExtensions(build_ext):
+    """moe_ep._cpu with the platform's C++ compiler, as setuptools does; moe_ep._C with nvcc."""
 
     def build_extension(self, ext: Extension) -> None:
+        if ext.name == CPU_EXTENSION:
+            import pybind11
+
+            ext.include_dirs = [str(CSRC), pybind11.get_include()]
+            super().build_extension(ext)
+        else:
+            self._build_with_nvcc(ext)
+
+    def _build_with_nvcc(self, ext: Extension) -> None:
+        """Compile each file on its own, and only when it or a header of it has changed."""
         nvcc = wanted_nvcc()
         archs = os.environ.get("MOE_EP_CUDA_ARCHS", "90a").replace(",", ";").split(";")
         archs = [arch.strip() for arch in archs if arch.strip()]
@@ -126,10 +137,19 @@ def _run(command: list[str]) -> None:
 
 
 def extensions() -> list[Extension]:
-    if wanted_nvcc() is None:
-        return []
-    sources = sorted(path for pattern in ("*.cu", "*.cpp") for path in CSRC.rglob(pattern))
-    return [Extension("moe_ep._C", [path.relative_to(ROOT).as_posix() for path in sources])]
+    files = sorted(path for pattern in ("*.cu", "*.cpp") for path in CSRC.rglob(pattern))
+    for_cpu = [path.relative_to(ROOT).as_posix() for path in files if CSRC / "cpu" in path.parents]
+    others = [path.relative_to(ROOT).as_posix() for path in files if CSRC / "cpu" not in path.parents]
+    flags = (
+        ["-O3", "-std=c++17", "-fvisibility=hidden", "-Wall"] if os.name == "posix" else ["/O2", "/std:c++17"]
+    )
+    # optional: without a C++ compiler plain torch does the same, more slowly.
+    found = [
+        Extension(CPU_EXTENSION, for_cpu, language="c++", extra_compile_args=flags, optional=True),
+    ]
+    if wanted_nvcc() is not None:
+        found.append(Extension("moe_ep._C", others))
+    return found
 
 
 setup(
@@ -137,6 +157,6 @@ setup(
     package_dir={name: folder for name, folder in ROOMS.items() if (ROOT / folder).is_dir()},
     package_data={"": ["py.typed"]},
     ext_modules=extensions(),
-    cmdclass={"build_ext": BuildWithNvcc, "build_py": BuildPython},
+    cmdclass={"build_ext": BuildExtensions, "build_py": BuildPython},
     zip_safe=False,
 )

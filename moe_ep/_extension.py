@@ -25,6 +25,19 @@ def why_missing() -> str | None:
     return _load()[1]
 
 
+def load_cpu() -> ModuleType | None:
+    """The module ``moe_ep._cpu`` with the kernels for rows on a CPU, or None if no compiler was there to build it."""
+    return _import_cpu() if env.extension() else None
+
+
+@functools.cache
+def _import_cpu() -> ModuleType | None:
+    try:
+        return importlib.import_module(f"{__package__}._cpu")
+    except ImportError:
+        return None
+
+
 def load_for(device: torch.device) -> ModuleType | None:
     """The module if there is one and it was compiled for this CUDA device, else None."""
     module = load()

@@ -16,7 +16,7 @@ import torch
 
 from .base import Backend, Part, RoutingSpec
 from .routing import NUM_RANGES, Segments, plan_receives, plan_sends
-from .rows import Passes, add_rows, expand, expand_blocks, fit
+from .rows import Terms, add_rows, expand, expand_blocks, fit, gather_rows
 
 
 class Message(NamedTuple):
@@ -50,7 +50,7 @@ class AllToAllState:
     rows_needed: torch.Tensor
     splits: torch.Tensor
     tokens: torch.Tensor
-    host_sizes: torch.Tensor  # [4R + NUM_RANGES * K + K]: counts by rank and list sizes
+    host_sizes: torch.Tensor  # counts by rank [4, R], sizes of the local sums' lists, of the owner's
     blocks: torch.Tensor
     row_places: torch.Tensor
     send_tokens: torch.Tensor
@@ -72,8 +72,8 @@ class Sizes(NamedTuple):
     send_entries: Segments
     recv_pairs: Segments
     recv_entries: Segments
-    local_passes: list[int]
-    owner_passes: list[int]
+    local_sums: list[int]
+    owner_sums: list[int]
 
     @staticmethod
     def unpack(host_sizes: torch.Tensor, num_ranks: int, num_topk: int, layout: str) -> Sizes:
@@ -141,7 +141,7 @@ class AllToAllBackend(Backend):
         codes = sends.codes.new_empty(recv_entries.total)
         Exchange(self, sends.codes, send_entries, codes, recv_entries, "the exchange of routing").finish()
         receives = plan_receives(codes, recv_pairs, self.rank, spec)
-        list_sizes = [receives.sum_slots.sizes.cpu(), sends.sum_slots.sizes.cpu()]
+        list_sizes = [receives.sums.sizes.cpu(), sends.sums.sizes.cpu()]
         state = AllToAllState(
             tokens_per_expert=receives.tokens_per_expert,
             padded_tokens_per_expert=receives.padded_tokens_per_expert,
@@ -155,10 +155,10 @@ class AllToAllBackend(Backend):
             send_tokens=sends.tokens,
             send_entries=sends.entries,
             entry_rows=receives.entry_rows,
-            local_targets=receives.sum_slots.targets,
-            local_sources=receives.sum_slots.sources,
-            owner_targets=sends.sum_slots.targets,
-            owner_sources=sends.sum_slots.sources,
+            local_targets=receives.sums.targets,
+            local_sources=receives.sums.sources,
+            owner_targets=sends.sums.targets,
+            owner_sources=sends.sums.sources,
         )
         return [getattr(state, name) for name in AllToAllState.__dataclass_fields__]
 
@@ -210,7 +210,7 @@ class AllToAllBackend(Backend):
         wire = self.scratch(f"dispatch send {number}", part.rows, sizes.send_pairs.total)
         for r in self.peers():
             tokens = sizes.send_pairs.of(s.send_tokens, r)
-            torch.index_select(part.rows, 0, tokens, out=sizes.send_pairs.of(wire, r))
+            gather_rows(part.rows, tokens, sizes.send_pairs.of(wire, r))
         if spec.layout == "rank":  # the arrivals are the result
             arrived = part.rows.new_empty(sizes.recv_pairs.total, *part.rows.shape[1:])
         else:
@@ -229,7 +229,7 @@ class AllToAllBackend(Backend):
             rows = expand_blocks(sources, s.row_places, s.blocks.tolist(), s.splits.tolist(), part.padding)
             exchange.release()
             return rows
-        torch.index_select(part.rows, 0, own_tokens, out=sizes.recv_pairs.of(exchange.recv, self.rank))
+        gather_rows(part.rows, own_tokens, sizes.recv_pairs.of(exchange.recv, self.rank))
         exchange.finish()
         if spec.layout == "rank":
             return fit(exchange.recv, len(s.rows), part.padding)
@@ -247,30 +247,31 @@ class AllToAllBackend(Backend):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         s = AllToAllState(*state)
         sizes = Sizes.unpack(s.host_sizes, self.size, spec.num_topk, spec.layout)
-        returned = self.scratch("combine receive", rows, sizes.send_pairs.total)
-        own_returned = sizes.send_pairs.of(returned, self.rank)
+        arrivals = sizes.recv_pairs
 
         # The sums that travel come first, this rank's own while they are under way.
         if spec.layout == "rank":
-            partial = fit(rows, sizes.recv_pairs.total)
+            partial = fit(rows, arrivals.total)
         else:
-            partial = self.scratch("combine send", rows, sizes.recv_pairs.total)
-            before, own, after = _local_sums(s, sizes)
-            first, last = sizes.recv_pairs.starts[self.rank], sizes.recv_pairs.starts[self.rank + 1]
-            add_rows(rows, before, partial[:first])
-            add_rows(rows, after, partial[last:])
-        phase = "the combine of rows"
-        exchange = Exchange(self, partial, sizes.recv_pairs, returned, sizes.send_pairs, phase, own=False)
+            partial = self.scratch("combine send", rows, arrivals.total)
+            before, own, after = _local_sums(rows, s, sizes)
+            first, last = arrivals.starts[self.rank], arrivals.starts[self.rank + 1]
+            add_rows(before[:1], before[1:], partial[:first])
+            add_rows(after[:1], after[1:], partial[last:])
+        returned = self.scratch("combine receive", rows, sizes.send_pairs.total)
+        exchange = Exchange(
+            self, partial, arrivals, returned, sizes.send_pairs, "the combine of rows", own=False
+        )
         if row_weights is not None:
             weights_exchange = self._start_combining_weights(row_weights, s, sizes)
-        if spec.layout == "rank":
-            own_returned.copy_(sizes.recv_pairs.of(partial, self.rank))
-        else:
-            add_rows(rows, own, own_returned)
-        exchange.finish()
+        if spec.layout == "expert":
+            add_rows(own[:1], own[1:], partial[first:last])
+        sources = {**exchange.wait(), self.rank: arrivals.of(partial, self.rank)}
 
         y = rows.new_empty(len(s.tokens), *rows.shape[1:])
-        add_rows(returned, Passes(s.owner_targets, s.owner_sources, sizes.owner_passes), y, biases)
+        terms = _owner_sums(sources, s, sizes)
+        add_rows(terms[: self.size], terms[self.size :], y, biases)
+        exchange.release()
         if row_weights is None:
             return y, None
         weights_exchange.finish()
@@ -345,13 +346,22 @@ class _Clock:
         self._backend.communication_s += time.perf_counter() - self._start
 
 
-def _local_sums(s: AllToAllState, sizes: Sizes) -> list[Passes]:
-    """The sums inside this rank for the arrivals before its own, its own, and after."""
-    num_topk = len(sizes.local_passes) // NUM_RANGES
-    sums, start = [], 0
-    for i in range(NUM_RANGES):
-        passes = sizes.local_passes[i * num_topk : (i + 1) * num_topk]
-        end = start + sum(passes)
-        sums.append(Passes(s.local_targets[start:end], s.local_sources[start:end], passes))
-        start = end
-    return sums
+def _local_sums(rows: torch.Tensor, s: AllToAllState, sizes: Sizes) -> list[list[Terms]]:
+    """The sums inside this rank for the arrivals before its own, its own, and after; each a list by slot."""
+    terms = _split_terms([rows] * len(sizes.local_sums), s.local_targets, s.local_sources, sizes.local_sums)
+    num_slots = len(terms) // NUM_RANGES
+    return [terms[i * num_slots : (i + 1) * num_slots] for i in range(NUM_RANGES)]
+
+
+def _owner_sums(sources: dict[int, torch.Tensor], s: AllToAllState, sizes: Sizes) -> list[Terms]:
+    """The sums over ranks, by (slot, rank)."""
+    num_ranks = len(sizes.send_pairs.counts)
+    anything = next(iter(sources.values()))  # for ranks that got and return nothing
+    by_list = [sources.get(i % num_ranks, anything) for i in range(len(sizes.owner_sums))]
+    return _split_terms(by_list, s.owner_targets, s.owner_sources, sizes.owner_sums)
+
+
+def _split_terms(
+    rows: list[torch.Tensor], targets: torch.Tensor, sources: torch.Tensor, sizes: list[int]
+) -> list[Terms]:
+    return [Terms(*parts) for parts in zip(rows, targets.split(sizes), sources.split(sizes), strict=True)]

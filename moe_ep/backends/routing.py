@@ -39,15 +39,15 @@ class SendPlan:
     entries: torch.Tensor  # [Q] position in topk_idx.flatten() of each entry
     codes: torch.Tensor  # [Q] what the receiver must know of each entry, see `encode`
     counts: torch.Tensor  # [2, R] pairs and entries for each rank
-    sum_slots: SumLists  # how the rows that come back add up to tokens
+    sums: SumLists  # how the rows that come back add up to tokens: lists [K, R], sources counted within their rank
 
 
 @dataclass(frozen=True)
 class SumLists:
-    """A sum over ragged lists of rows as at most K passes without a conflict: ``out[targets[i]] += rows[sources[i]]``.
+    """Sums of ragged lists of rows, ``out[targets[i]] += rows[sources[i]]``, in lists without a target twice.
 
-    The lists are sorted by (pass, target); ``sizes [passes]`` says how long each pass is. Pass j adds the j-th term of
-    every sum, so that the terms of one sum are added in a fixed order.
+    Slot j holds the j-th term of every sum, so that the terms of one sum are added in a fixed order. Entries are
+    sorted by (list, target); ``sizes`` says how long each list is.
     """
 
     targets: torch.Tensor
@@ -75,7 +75,7 @@ class ReceivePlan:
     entry_rows: (
         torch.Tensor
     )  # [P] flat position of each arrived entry among the row weights; the last one + 1 = dropped
-    sum_slots: SumLists  # how expert rows add up to arrivals; sizes [NUM_RANGES * K], range by range
+    sums: SumLists  # how expert rows add up to arrivals: lists [NUM_RANGES, K], targets counted within their range
 
 
 def plan_sends(topk_idx: torch.Tensor, spec: RoutingSpec) -> SendPlan:
@@ -104,8 +104,12 @@ def plan_sends(topk_idx: torch.Tensor, spec: RoutingSpec) -> SendPlan:
     is_last = torch.zeros(flat_idx.numel(), dtype=torch.int64, device=device)
     is_last[last_entries] = 1
     slots = (is_last.view(-1, num_topk).cumsum(1) - 1).flatten()[last_entries]
-    sum_slots = _sum_lists(slots, tokens[starts], torch.arange(len(starts), device=device), num_topk)
-    return SendPlan(tokens[starts], entries, codes, torch.stack([pairs_per_rank, per_rank]), sum_slots)
+    pair_ranks, pair_tokens = ranks[starts], tokens[starts]
+    within = (
+        torch.arange(len(starts), device=device) - (pairs_per_rank.cumsum(0) - pairs_per_rank)[pair_ranks]
+    )
+    sums = _sum_lists(slots * num_ranks + pair_ranks, pair_tokens, within, num_topk * num_ranks)
+    return SendPlan(pair_tokens, entries, codes, torch.stack([pairs_per_rank, per_rank]), sums)
 
 
 def encode(expert: torch.Tensor, k: torch.Tensor, new_pair: torch.Tensor, num_topk: int) -> torch.Tensor:
@@ -149,7 +153,7 @@ def plan_receives(codes: torch.Tensor, arrivals: Segments, rank: int, spec: Rout
     slot = position - position[first_entry][arrival]
     range_of = (arrival >= own[0]).long() + (arrival >= own[1]).long()
     starts = torch.tensor([0, *own], device=device)
-    sum_slots = _sum_lists(
+    sums = _sum_lists(
         (range_of * num_topk + slot)[kept],
         (arrival - starts[range_of])[kept],
         entry_rows[kept],
@@ -158,9 +162,7 @@ def plan_receives(codes: torch.Tensor, arrivals: Segments, rank: int, spec: Rout
     splits = (ends.clamp(max=num_rows) - (ends - padded).clamp(max=num_rows)).cpu()
     rows = row_arrivals[:num_rows]
     blocks, row_places = _plan_blocks(sorted_expert, arrival[order], rows, arrivals, spec)
-    return ReceivePlan(
-        counts, padded, rows, ends[-1:].clone(), splits, blocks, row_places, entry_rows, sum_slots
-    )
+    return ReceivePlan(counts, padded, rows, ends[-1:].clone(), splits, blocks, row_places, entry_rows, sums)
 
 
 def _plan_blocks(
@@ -208,7 +210,6 @@ def _plan_rank_layout(
     return ReceivePlan(counts, counts.clone(), ids, needed, splits, blocks, row_places, entry_rows, no_sums)
 
 
-def _sum_lists(slots: torch.Tensor, targets: torch.Tensor, sources: torch.Tensor, num_slots: int) -> SumLists:
-    # Sorted by target within a pass: a pass that reaches every target is then a plain gather.
-    order = (slots * (int(targets.max()) + 1 if len(targets) else 1) + targets).argsort()
-    return SumLists(targets[order], sources[order], torch.bincount(slots, minlength=num_slots))
+def _sum_lists(lists: torch.Tensor, targets: torch.Tensor, sources: torch.Tensor, num_lists: int) -> SumLists:
+    order = (lists * (int(targets.max()) + 1 if len(targets) else 1) + targets).argsort()
+    return SumLists(targets[order], sources[order], torch.bincount(lists, minlength=num_lists))

@@ -1,22 +1,39 @@
-"""Gathering, placing and adding rows, in plain torch."""
+"""Gathering, placing and adding rows: in plain torch, on a CPU with the kernels of csrc/cpu where they are built."""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 
-_CACHE_BYTES = 1 << 20  # a temporary of this size stays in a core's cache
+from .. import _extension
+
+_CACHE_BYTES = 1 << 20
+_MAX_STEPS = 256
 
 
-class Passes(NamedTuple):
-    """`routing.SumLists` with its sizes on the host."""
+class Terms(NamedTuple):
+    """``rows[sources[i]]`` is a term of the sum ``targets[i]``; no target twice, in ascending order."""
 
+    rows: torch.Tensor
     targets: torch.Tensor
     sources: torch.Tensor
-    sizes: list[int]
+
+
+def gather_rows(rows: torch.Tensor, index: torch.Tensor, out: torch.Tensor) -> None:
+    """``out[i] = rows[index[i]]``; all contiguous."""
+    kernels = _extension.load_cpu() if out.device.type == "cpu" else None
+    if kernels is None:
+        torch.index_select(rows, 0, index, out=out)
+    elif len(out):
+        kernels.gather_rows(
+            source=rows.data_ptr(),
+            index=index.data_ptr(),
+            count=len(index),
+            row_bytes=out[0].nbytes,
+            target=out.data_ptr(),
+        )
 
 
 def fit(rows: torch.Tensor, length: int, padding: float = 0.0) -> torch.Tensor:
@@ -58,7 +75,7 @@ def expand_blocks(
             if size:
                 index = row_places[start : start + size]
                 index = index if places is None else places.index_select(0, index)
-                torch.index_select(tensor, 0, index, out=rows[start : start + size])
+                gather_rows(tensor, index, rows[start : start + size])
                 start += size
         rows[start:end].fill_(padding)
         start = end
@@ -66,57 +83,87 @@ def expand_blocks(
 
 
 def add_rows(
-    rows: torch.Tensor, sums: Passes, out: torch.Tensor, biases: Sequence[torch.Tensor] = ()
+    first: Sequence[Terms], more: Sequence[Terms], out: torch.Tensor, biases: Sequence[torch.Tensor] = ()
 ) -> None:
-    """``out[targets] += rows[sources]`` pass by pass, starting from the biases; rounded once to ``out``'s dtype.
+    """``out[i]`` = biases, then the first terms, then ``more`` in order; rounded once to ``out``'s dtype.
 
-    A sum starts from its first term; an empty one is +0. Sums of bfloat16 and float16 are kept in float32.
+    Of ``first`` no two have a target in common. A sum starts from its first term; an empty one is +0. Sums of bfloat16
+    and float16 are kept in float32.
     """
-    passes = list(_non_empty(sums))
+    first, more = ([terms for terms in lists if len(terms.targets)] for lists in (first, more))
+    if not len(out) or _add_with_kernel([*first, *more], out, biases):
+        return
+    on_cpu = out.device.type == "cpu"
+    step = _rows_in_cache(out, len(first) + len(more)) if on_cpu else len(out)
+    edges = torch.arange(0, len(out) + step, step, device=out.device)
+    if step < len(out):
+        bounds = [torch.searchsorted(terms.targets, edges).tolist() for terms in (*first, *more)]
+    else:
+        bounds = [[0, len(terms.targets)] for terms in (*first, *more)]
     exact = out.dtype in (torch.float32, torch.float64)
-    nothing_to_add = len(passes) + len(biases) <= 1
-    total = out if exact or nothing_to_add else out.new_empty(out.shape, dtype=torch.float32)
-    if biases:
-        total.copy_(biases[0])
-        for bias in biases[1:]:
-            total.add_(bias)
-    elif not passes:
-        total.zero_()
-    else:
-        _set_first_terms(rows, *passes.pop(0), total)
-    for targets, sources in passes:
-        if rows.device.type == "cpu":
-            _add_in_cache(rows, targets, sources, total)
+    for i, start in enumerate(range(0, len(out), step)):
+        here = out[start : start + step]
+        cut = [
+            Terms(terms.rows, terms.targets[b[i] : b[i + 1]] - start, terms.sources[b[i] : b[i + 1]])
+            for terms, b in zip((*first, *more), bounds, strict=True)
+        ]
+        firsts, others = cut[: len(first)], cut[len(first) :]
+        copies = not biases and not any(len(terms.targets) for terms in others)
+        total = here if exact or copies else here.new_empty(here.shape, dtype=torch.float32)
+        if biases:
+            total.copy_(biases[0][start : start + step])
+            for bias in biases[1:]:
+                total.add_(bias[start : start + step])
+            others = [*firsts, *others]
         else:
-            # NOTE: not index_add_, whose atomics take subnormals for zero on CUDA.
-            terms = rows.index_select(0, sources).to(total.dtype)
-            total.index_copy_(0, targets, terms.add_(total.index_select(0, targets)))
-    if total is not out:
-        out.copy_(total)
+            _set_first_terms(firsts, total)
+        for terms in others:
+            _add_terms(terms, total)
+        if total is not here:
+            here.copy_(total)
 
 
-def _non_empty(sums: Passes) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    for size, end in zip(sums.sizes, itertools.accumulate(sums.sizes), strict=True):
-        if size:
-            yield sums.targets[end - size : end], sums.sources[end - size : end]
+def _add_with_kernel(lists: list[Terms], out: torch.Tensor, biases: Sequence[torch.Tensor]) -> bool:
+    """`add_rows` in one pass over memory; False if there is no kernel for it."""
+    kernels = _extension.load_cpu() if out.device.type == "cpu" else None
+    dtype = getattr(kernels.DType, str(out.dtype).removeprefix("torch."), None) if kernels else None
+    if dtype is None:
+        return False
+    every = torch.arange(len(out))
+    lists = [*(Terms(bias.contiguous(), every, every) for bias in biases), *lists]
+    kernels.sum_rows(
+        out=out.data_ptr(),
+        rows=len(out),
+        width=out[0].numel(),
+        dtype=dtype,
+        lists=[(*(tensor.data_ptr() for tensor in terms), len(terms.targets)) for terms in lists],
+    )
+    return True
 
 
-def _set_first_terms(
-    rows: torch.Tensor, targets: torch.Tensor, sources: torch.Tensor, total: torch.Tensor
-) -> None:
-    if len(targets) == len(total):  # targets are sorted: they are all of them
-        if total.dtype == rows.dtype:
+def _set_first_terms(first: Sequence[Terms], total: torch.Tensor) -> None:
+    if sum(len(terms.targets) for terms in first) < len(total):
+        total.zero_()
+    for rows, targets, sources in first:
+        if len(targets) == len(total) and total.dtype == rows.dtype:  # all of them, and in order
             torch.index_select(rows, 0, sources, out=total)
-        else:
-            total.copy_(rows.index_select(0, sources))
+        elif len(targets):
+            total.index_copy_(0, targets, rows.index_select(0, sources).to(total.dtype))
+
+
+def _add_terms(terms: Terms, total: torch.Tensor) -> None:
+    if not len(terms.targets):
+        return
+    values = terms.rows.index_select(0, terms.sources).to(total.dtype)
+    if total.device.type == "cpu":
+        total.index_add_(0, terms.targets, values)
     else:
-        total.zero_()
-        total.index_copy_(0, targets, rows.index_select(0, sources).to(total.dtype))
+        # NOTE: not index_add_, whose atomics take subnormals for zero on CUDA.
+        total.index_copy_(0, terms.targets, total.index_select(0, terms.targets).add_(values))
 
 
-def _add_in_cache(rows: torch.Tensor, targets: torch.Tensor, sources: torch.Tensor, total: torch.Tensor) -> None:
-    """One pass, in steps so short that the gathered rows need not go to memory and back."""
-    step = max(1, _CACHE_BYTES // (rows[0].nbytes or 1))
-    for i in range(0, len(targets), step):
-        terms = rows.index_select(0, sources[i : i + step])
-        total.index_add_(0, targets[i : i + step], terms.to(total.dtype))
+def _rows_in_cache(out: torch.Tensor, num_lists: int) -> int:
+    """Rows of ``out`` to finish at a time, so that sums and gathered terms need not go to memory and back."""
+    in_cache = _CACHE_BYTES // max(1, out[0].nbytes)
+    at_least = len(out) * num_lists // _MAX_STEPS  # each step costs a few calls for every list
+    return max(16, in_cache, at_least)
