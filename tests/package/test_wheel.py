@@ -47,8 +47,11 @@ def wheel(tmp_path_factory) -> Path:
     return path
 
 
-def test_is_pure_python_without_nvcc(wheel):
-    assert wheel.name.endswith("-py3-none-any.whl")
+def test_has_no_cuda_module_without_nvcc(wheel):
+    modules = {
+        Path(name).name.split(".")[0] for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".so")
+    }
+    assert modules == {"_cpu"}
 
 
 def test_holds_every_module_once(wheel):
