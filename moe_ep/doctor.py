@@ -97,7 +97,14 @@ def _software() -> Iterable[Fact]:
     )
     built_for = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built for CPUs only"
     yield Fact(section, "torch", f"{torch.__version__}, {built_for}", ok=True)
-    yield Fact(section, "CPU", f"{len(os.sched_getaffinity(0))} cores for this process")
+    # macOS can't say how many of the cores are for this process.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    yield Fact(section, "CPU", f"{cores} cores for this process")
+    if _extension.load_cpu() is not None:
+        yield Fact(section, "moe_ep._cpu", "built: rows on the CPU move by compiled kernels", ok=True)
+    else:
+        missing = "missing: plain torch moves rows on the CPU, more slowly"
+        yield Fact(section, "moe_ep._cpu", missing, remedy="install moe_ep where there is a C++ compiler")
 
 
 def _gpus() -> Iterable[Fact]:

@@ -25,7 +25,7 @@ CHECK = Variable(
     "MOE_EP_CHECK", "0", "1: check expert ids on CUDA at once, with a host wait, instead of at the next sync"
 )
 EXTENSION = Variable(
-    "MOE_EP_EXTENSION", "1", "0: ignore the compiled extension and use plain torch for everything"
+    "MOE_EP_EXTENSION", "1", "0: ignore the compiled modules and use plain torch for everything"
 )
 
 VARIABLES = [BACKEND, CHECK, EXTENSION]

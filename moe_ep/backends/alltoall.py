@@ -119,7 +119,8 @@ class AllToAllBackend(Backend):
         num_bytes = math.prod(shape) * like.element_size()
         buffer = self._scratch.get(name)
         if buffer is None or len(buffer) < num_bytes:
-            buffer = self._scratch[name] = self.allocate(name, num_bytes)
+            # With room for more, so that slowly growing needs don't allocate at every call.
+            buffer = self._scratch[name] = self.allocate(name, num_bytes + num_bytes // 4)
         return buffer[:num_bytes].view(like.dtype).view(shape)
 
     def peers(self) -> Iterable[int]:
