@@ -185,7 +185,13 @@ def _make_backend(name: str, group: object, timeout_s: float) -> Backend:
             "process is a member, and a moe_ep.backends.virtual.VirtualGroup"
         )
     backend = CollectiveBackend(group, _next_channel(group), timeout_s)
-    _log.info("backend %r: %d ranks over %s", backend.name, backend.size, backend.transport)
+    _log.info(
+        "backend %r (asked for %r, the one for torch.distributed groups): %d ranks over %s",
+        backend.name,
+        asked,
+        backend.size,
+        backend.transport,
+    )
     return backend
 
 

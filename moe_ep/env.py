@@ -21,14 +21,11 @@ class Variable(NamedTuple):
 BACKEND = Variable(
     "MOE_EP_BACKEND", "auto", "backend of communicators made with backend='auto': auto, collective or virtual"
 )
-CHECK = Variable(
-    "MOE_EP_CHECK", "0", "1: check expert ids on CUDA at once, with a host wait, instead of at the next sync"
-)
 EXTENSION = Variable(
     "MOE_EP_EXTENSION", "1", "0: ignore the compiled modules and use plain torch for everything"
 )
 
-VARIABLES = [BACKEND, CHECK, EXTENSION]
+VARIABLES = [BACKEND, EXTENSION]
 
 
 def _flag(variable: Variable) -> bool:
@@ -40,10 +37,6 @@ def _flag(variable: Variable) -> bool:
 
 def backend() -> str:
     return BACKEND.current
-
-
-def check() -> bool:
-    return _flag(CHECK)
 
 
 def extension() -> bool:

@@ -100,11 +100,9 @@ def dispatch(
             with torch.no_grad():
                 handle = DispatchHandle(comm.id, spec, ops.plan(topk_idx, comm.id, spec))
         if isinstance(x, Fp8Tokens):
-            carrier = (
-                make_carrier(x.data.new_empty(0, dtype=torch.bfloat16), x.shape)
-                if x.carrier is None
-                else x.carrier
-            )
+            carrier = x.carrier
+            if carrier is None:
+                carrier = make_carrier(x.data.new_empty(0, dtype=torch.bfloat16), x.shape)
             data, scale_inv, carrier, weights = _DispatchFp8.apply(
                 x.data, x.scale_inv, carrier, topk_weights, handle
             )
@@ -186,7 +184,7 @@ class _Dispatch(torch.autograd.Function):
             parts = [Part(x)]
         else:
             tokens = quantize(x)
-            parts = [Part(tokens.data.view(torch.uint8)), Part(tokens.scale_inv, padding=1.0)]
+            parts = _fp8_parts(tokens.data, tokens.scale_inv)
         rows, row_weights = ops.dispatch(parts, weights, handle.communicator_id, handle.spec, handle.state)
         if wire_fp8 is None:
             return rows[0], row_weights
@@ -207,7 +205,7 @@ class _DispatchFp8(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.rows_dtype, ctx.hidden = carrier.dtype, data.shape[1]
         ctx.weights_dtype = weights.dtype if ctx.needs_input_grad[3] else None
-        parts = [Part(data.view(torch.uint8)), Part(scale_inv, padding=1.0)]
+        parts = _fp8_parts(data, scale_inv)
         rows, row_weights = ops.dispatch(parts, weights, handle.communicator_id, handle.spec, handle.state)
         data, scale_inv = rows[0].view(torch.float8_e4m3fn), rows[1]
         ctx.mark_non_differentiable(data, scale_inv)
@@ -218,6 +216,10 @@ class _DispatchFp8(torch.autograd.Function):
         with named_range("moe_ep.dispatch.backward"):
             grad_x, grad_weights = _transpose(ctx, grad_rows, grad_row_weights, ctx.weights_dtype)
         return None, None, grad_x, grad_weights, None
+
+
+def _fp8_parts(data: torch.Tensor, scale_inv: torch.Tensor) -> list[Part]:
+    return [Part(data.view(torch.uint8)), Part(scale_inv, padding=1.0)]
 
 
 def _transpose(ctx, grad_rows, grad_row_weights, weights_dtype):

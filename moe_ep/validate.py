@@ -92,20 +92,21 @@ def check_topk_weights(
 def check_ids(topk_idx: torch.Tensor, num_experts: int) -> None:
     """Expert ids lie in [-1, E) and no token names an expert twice. Waits for the device."""
     outside = (topk_idx < -1) | (topk_idx >= num_experts)
+    ids = topk_idx.sort(dim=1).values
+    twice = (ids[:, 1:] == ids[:, :-1]) & (ids[:, 1:] >= 0)
+    if not (outside.any() | twice.any()):  # one wait where all is well
+        return
     if outside.any():
         token, k = outside.nonzero()[0].tolist()
         raise InvalidInput(
             f"topk_idx[{token}, {k}] is {int(topk_idx[token, k])}; expert ids must lie in [0, {num_experts}), or be -1 "
             f"for none ({int(outside.sum())} entries are outside)"
         )
-    ids = topk_idx.sort(dim=1).values
-    twice = (ids[:, 1:] == ids[:, :-1]) & (ids[:, 1:] >= 0)
-    if twice.any():
-        token, k = twice.nonzero()[0].tolist()
-        raise InvalidInput(
-            f"topk_idx[{token}] names expert {int(ids[token, k])} twice ({topk_idx[token].tolist()}); "
-            "the experts of a token must be distinct"
-        )
+    token, k = twice.nonzero()[0].tolist()
+    raise InvalidInput(
+        f"topk_idx[{token}] names expert {int(ids[token, k])} twice ({topk_idx[token].tolist()}); "
+        "the experts of a token must be distinct"
+    )
 
 
 def check_layout(layout: str, expert_alignment: int, max_recv_rows: int | None) -> None:
