@@ -43,6 +43,7 @@ class TrainConfig:
     device: str = "auto"
     dtype: str = "auto"
     threads: int | None = None
+    deterministic: bool = False
     seed: int = 0
     ep: int | None = None
     backend: str = "auto"
@@ -54,12 +55,11 @@ class TrainConfig:
     # evaluation and checkpoints
     eval_every: int = 100
     eval_windows: int = 64
-    final_eval_windows: int = 256
     checkpoint_every: int = 500
     keep_checkpoints: int = 2
 
     def __post_init__(self) -> None:
-        for name in ("seq_len", "batch", "steps", "accumulate", "eval_windows", "final_eval_windows"):
+        for name in ("seq_len", "batch", "steps", "accumulate", "eval_windows"):
             self._require(name, getattr(self, name) >= 1, "at least 1")
         self._require("seq_len", self.seq_len <= self.model.max_seq_len, f"at most {self.model.max_seq_len}")
         for name in ("warmup", "eval_every", "checkpoint_every", "weight_decay", "seed"):

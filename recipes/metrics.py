@@ -1,11 +1,12 @@
 """What a run writes down: metrics.jsonl (always) and TensorBoard event files (where tensorboard is installed).
 
 One JSON object a line. `kind` says which:
-  run    {"preset", "parameters", "world_size", "ep", "corpus", "bigram_loss", ...}      once per start
+  run    {"preset", "parameters", "world_size", "ep", "corpus", "bigram_loss", ...}       once per start
   train  {"step", "loss", "lr", "grad_norm", "tokens_per_s", "balance", ["load"]}         every optimiser step
-  valid  {"step", "loss", "bigram_loss", "tokens"}                                         every evaluation
+  valid  {"step", "loss", "bigram_loss"}                                                  every evaluation
 Losses are nats per token. `balance` is the busiest expert's load over the mean load, averaged over the MoE layers
-(1.0 is even). `load` holds, per MoE layer, each expert's load over the mean load, about a hundred times per run.
+(1.0 is even). `load` holds, per MoE layer (those of MTP modules last), each expert's load over the mean load; it is
+written about a hundred times per run.
 """
 
 from __future__ import annotations

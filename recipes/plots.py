@@ -36,7 +36,7 @@ def draw_plots(run_folder: Path) -> list[Path]:
         if any(r.get("balance") is not None for r in train):
             written.append(_draw_balance(folder / "balance.png", train))
         if any(r.get("load") for r in train):
-            written.append(_draw_load(folder / "expert_load.png", train))
+            written.append(_draw_load(folder / "expert_load.png", run, train))
     return written
 
 
@@ -88,7 +88,7 @@ def _draw_loss(path: Path, run: dict[str, Any], train: list[dict], valid: list[d
     margin = 0.08 * (high - low) + 0.02
     axes.set_ylim(low - margin, high + margin)
     axes.set_xlim(0, steps[-1] * 1.01 + 1)
-    axes.set(xlabel="optimiser step", ylabel="cross-entropy, nats per token")
+    axes.set(xlabel="optimiser step", ylabel=f"cross-entropy, nats per {run.get('unit', 'token')}")
     axes.set_title(_title("Loss", run))
     axes.legend(loc="upper right")
     return _save(figure, path)
@@ -111,7 +111,7 @@ def _draw_balance(path: Path, train: list[dict]) -> Path:
     return _save(figure, path)
 
 
-def _draw_load(path: Path, train: list[dict]) -> Path:
+def _draw_load(path: Path, run: dict[str, Any], train: list[dict]) -> Path:
     from matplotlib import pyplot as plt
     from matplotlib.colors import TwoSlopeNorm
 
@@ -137,7 +137,9 @@ def _draw_load(path: Path, train: list[dict]) -> Path:
             extent=(steps[0] - 0.5, steps[-1] + 0.5, -0.5, num_experts - 0.5),
         )
         axes.grid(False)
-        axes.set_ylabel(f"MoE layer {layer + 1}\nexpert")
+        in_mtp = layer - (num_layers - run.get("mtp_layers", 0))
+        name = f"MTP module {in_mtp + 1}" if in_mtp >= 0 else f"MoE layer {layer + 1}"
+        axes.set_ylabel(f"{name}\nexpert")
     grid[0, 0].set_title("Expert load over time (1 = its even share)")
     grid[-1, 0].set_xlabel("optimiser step")
     figure.colorbar(image, ax=list(grid[:, 0]), label="load / mean load", extend="max", shrink=0.9)

@@ -64,7 +64,7 @@ def tiny() -> TrainConfig:
             mtp_layers=1,
             bias_update_rate=3e-3,
             max_seq_len=128,
-            init_std=0.04,
+            init_std=0.05,
         ),
         seq_len=128,
         batch=16,
@@ -72,8 +72,7 @@ def tiny() -> TrainConfig:
         lr=4e-3,
         warmup=40,
         eval_every=50,
-        eval_windows=32,
-        final_eval_windows=256,
+        eval_windows=128,
         checkpoint_every=200,
     )
 
@@ -169,7 +168,6 @@ def wide() -> TrainConfig:
         warmup=50,
         eval_every=100,
         eval_windows=16,
-        final_eval_windows=32,
         checkpoint_every=500,
     )
 
@@ -194,7 +192,6 @@ def layer() -> TrainConfig:
         warmup=10,
         eval_every=0,
         eval_windows=4,
-        final_eval_windows=4,
         checkpoint_every=0,
     )
 

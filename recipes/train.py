@@ -40,7 +40,7 @@ LOAD_RECORDS = 100  # of the expert load, over a run
 
 @dataclass(frozen=True)
 class Result:
-    """What a run came to. Losses in nats per token; None where not measured."""
+    """What a run came to. Losses in nats per token; None where not measured (the bigram's on rank 0 alone)."""
 
     step: int
     interrupted: bool
@@ -55,6 +55,8 @@ def train(config: TrainConfig, out: Path, *, resume: bool = False) -> Result:
     out: the run's folder, on a file system that all ranks see. resume: go on from its latest checkpoint.
     Raises RecipeError for settings, text, memory or a folder that can't work, on all ranks, before training.
     """
+    if config.deterministic:  # cuBLAS reads it when the first CUDA context is made
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     if dist.is_initialized():
         joined, (rank, world_size) = False, (dist.get_rank(), dist.get_world_size())
     else:
@@ -74,6 +76,8 @@ def _train(
     # 1. The machine: device, number format, threads, and whether the model fits.
     device, local_ranks = _device(config), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     dtype = _dtype(config, device)
+    if config.deterministic:
+        torch.use_deterministic_algorithms(True)
     if device.type == "cpu":
         torch.set_num_threads(config.threads or max(1, _cores() // local_ranks))
     ep_size, micro_batch = config.ep_size(world_size), config.micro_batch(world_size)
@@ -88,8 +92,9 @@ def _train(
         vocab_size=config.model.vocab_size,
     )
     eval_starts = evaluation_starts(len(corpus.held_out), config.window, config.eval_windows)
-    final_starts = evaluation_starts(len(corpus.held_out), config.window, config.final_eval_windows)
-    bigram = ByteBigram.fit(corpus.train) if rank == 0 and config.token_dtype == "uint8" else None
+    bigram_loss = None
+    if rank == 0 and config.token_dtype == "uint8":
+        bigram_loss = ByteBigram.fit(corpus.train).cross_entropy(corpus.held_out, eval_starts, config.seq_len)
     if world_size > 1:
         dist.barrier()
 
@@ -126,22 +131,20 @@ def _train(
         "ep": ep_size,
     }
 
-    def measure(step: int, starts: list[int]) -> tuple[float, float | None]:
-        """Validation loss of the model and of the bigram, the latter on rank 0 only."""
+    def measure(step: int) -> float:
+        """The validation loss."""
         loss = evaluate(
             model,
             corpus.held_out,
-            starts,
+            eval_starts,
             seq_len=config.seq_len,
             micro_batch=micro_batch,
             groups=groups,
             device=device,
         )
-        line = bigram.cross_entropy(corpus.held_out, starts, config.seq_len) if bigram else None
         if metrics is not None:
-            tokens = len(starts) * config.seq_len
-            metrics.write("valid", step=step, loss=loss, bigram_loss=line, tokens=tokens)
-        return loss, line
+            metrics.write("valid", step=step, loss=loss, bigram_loss=bigram_loss)
+        return loss
 
     def save(step: int) -> None:
         save_checkpoint(
@@ -157,9 +160,10 @@ def _train(
             world_size=world_size,
             ep=ep_size,
             corpus=corpus.describe(),
-            bigram_loss=bigram.cross_entropy(corpus.held_out, eval_starts, config.seq_len)
-            if bigram
-            else None,
+            mtp_layers=config.model.mtp_layers,
+            unit="byte" if config.token_dtype == "uint8" else "token",
+            valid_tokens=len(eval_starts) * config.seq_len,
+            bigram_loss=bigram_loss,
         )
         for line in describe_run(config, corpus, out, world_size, ep_size, device, dtype, first_step) + notes:
             progress.say(line)
@@ -208,8 +212,8 @@ def _train(
                 metrics.write("train", step=step, **shown, **({"load": load} if keep_load and load else {}))
 
             if config.eval_every and step % config.eval_every == 0 and step < config.steps:
-                valid_loss, line = measure(step, eval_starts)
-                beside = f"  (byte-bigram {line:.4f})" if line is not None else ""
+                valid_loss = measure(step)
+                beside = f"  (byte-bigram {bigram_loss:.4f})" if bigram_loss is not None else ""
                 progress.say(f"step {step}: validation loss {valid_loss:.4f}{beside}")
             if config.checkpoint_every and (step % config.checkpoint_every == 0 or step == config.steps):
                 save(step)
@@ -219,14 +223,14 @@ def _train(
     if interrupted and step < config.steps:
         if last_saved != step:
             save(step)
-        result = Result(step, True, None, None)
+        result = Result(step, True, None, bigram_loss)
         last_words = [
             f"stopped after step {step}, saved in {out}. To go on:",
             f"  {resume_command(out, world_size)}",
         ]
     else:
-        result = Result(step, False, *measure(step, final_starts))
-        last_words = describe_result(result.valid_loss, result.bigram_loss, final_starts, config)
+        result = Result(step, False, measure(step), bigram_loss)
+        last_words = describe_result(result.valid_loss, result.bigram_loss, eval_starts, config)
     model.comm.close()
     if metrics is not None:
         metrics.close()

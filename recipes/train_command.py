@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import logging
 import os
 import sys
 import time
@@ -56,8 +57,7 @@ _SETTINGS = {
     "token_dtype": "of --data: uint8 (bytes), or token ids as raw uint16 or int32",
     "held_out": "share of the text kept for validation",
     "eval_every": "steps between evaluations; 0: only at the end",
-    "eval_windows": "held-out windows of an evaluation",
-    "final_eval_windows": "held-out windows of the last one",
+    "eval_windows": "held-out windows of an evaluation, the same in each",
     "checkpoint_every": "steps between checkpoints; 0: only when interrupted",
     "keep_checkpoints": "newest ones that are kept",
 }
@@ -94,6 +94,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--fp8",
         action=argparse.BooleanOptionalAction,
         help="send tokens to the experts as 8-bit floats with a scale per 128",
+    )
+    run.add_argument(
+        "--deterministic",
+        action=argparse.BooleanOptionalAction,
+        help="choose torch kernels that repeat bit for bit on a GPU, slower (on a CPU they do anyway)",
     )
     settings = parser.add_argument_group("settings")
     for name, text in _SETTINGS.items():
@@ -150,6 +155,8 @@ def _override(config: TrainConfig, args: argparse.Namespace) -> TrainConfig:
     if args.seq_len is not None:
         config = with_seq_len(config, args.seq_len)
     changes = {name: getattr(args, name) for name in _SETTINGS if getattr(args, name) is not None}
+    if args.deterministic is not None:
+        changes["deterministic"] = args.deterministic
     if args.data:
         # Absolute, so that a resumed run finds them from anywhere.
         changes["data"] = tuple(str(Path(path).resolve()) for path in args.data)
@@ -174,6 +181,8 @@ def _check_before_starting(config: TrainConfig, nproc: int) -> None:
 def _start_ranks(config: TrainConfig, out: Path, resume: bool, nproc: int) -> int:
     if nproc == 1:
         return _run_rank(config, out, resume)
+    # A rank that fails says why itself; torch's word on ending the others would only hide it.
+    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
     with catch_signals(ForwardedStop()) as stop:
         try:
             launch.spawn(_run_spawned, nproc, config, out, resume)
@@ -210,7 +219,7 @@ def _say_error(error: MoeEpError) -> None:
     """Most errors come on all ranks at once: rank 0 says them, the others only if it doesn't end the run."""
     rank = int(os.environ.get("RANK", "0"))
     if rank:
-        time.sleep(3.0)
+        time.sleep(10.0)
     who = f"rank {rank}: " if rank else ""
     print(f"moe-ep: error: {who}{' '.join(str(error).split())}", file=sys.stderr, flush=True)
 

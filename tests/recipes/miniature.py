@@ -53,7 +53,6 @@ def miniature(text: Path, **changes) -> TrainConfig:
         warmup=4,
         eval_every=0,
         eval_windows=5,
-        final_eval_windows=5,
         checkpoint_every=0,
     )
     return dataclasses.replace(config, **changes)

@@ -34,7 +34,7 @@ SMALL = [
         "--warmup",
         "4",
     ),
-    *("--eval-every", "0", "--final-eval-windows", "5", "--checkpoint-every", "0"),
+    *("--eval-every", "0", "--eval-windows", "5", "--checkpoint-every", "0"),
     *(
         part
         for field in (
