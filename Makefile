@@ -44,7 +44,7 @@ format: $(VENV)/.lint
 	$(BIN)/clang-format -i $(CSRC)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info moe_ep/_C.*.so .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist *.egg-info moe_ep/_C.*.so moe_ep/_cpu.*.so .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A stamp file stands for each set of installed packages; it is older than its list when the list has changed.

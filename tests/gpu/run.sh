@@ -38,7 +38,8 @@ else
 fi
 gpus=$(python3 -c 'import torch; print(torch.cuda.device_count())')
 if [ "$gpus" -ge 2 ]; then
-  step bench 300 python3 -m moe_ep.cli bench --backend collective --nproc "$gpus" --json "$results/bench.json"
+  step bench 300 python3 -m moe_ep.cli bench --backend collective --nproc "$gpus" --num-tokens 4096 --hidden 7168 \
+    --num-topk 8 --num-experts 256 --dtype bfloat16 --json "$results/bench.json" --png "$results/bench.png"
 else
   echo "== bench: skipped, it needs 2 GPUs and there is $gpus"
 fi
