@@ -132,7 +132,7 @@ void sum_rows_as(const Sum& sum) {
 
 void gather_rows(const Gather& gather) {
   const int64_t bytes = gather.row_bytes;
-  const bool streaming = can_stream(gather.target, bytes, gather.count * bytes);
+  const bool streaming = can_stream(gather.target, bytes, gather.result_bytes);
   for (int64_t i = 0; i < gather.count; ++i) {
     const char* from = gather.source + gather.index[i] * bytes;
     if (streaming) {

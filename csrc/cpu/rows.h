@@ -5,13 +5,15 @@
 
 namespace moe_ep::cpu {
 
-// Rows of `row_bytes` bytes: target[i] = source[index[i]].
+// Rows of `row_bytes` bytes: target[i] = source[index[i]]. `result_bytes`: of all that the caller writes, of
+// which this may be a part.
 struct Gather {
   const char* source;
   const int64_t* index;
   int64_t count;
   int64_t row_bytes;
   char* target;
+  int64_t result_bytes;
 };
 void gather_rows(const Gather& gather);
 

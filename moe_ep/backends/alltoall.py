@@ -211,7 +211,7 @@ class AllToAllBackend(Backend):
         wire = self.scratch(f"dispatch send {number}", part.rows, sizes.send_pairs.total)
         for r in self.peers():
             tokens = sizes.send_pairs.of(s.send_tokens, r)
-            gather_rows(part.rows, tokens, sizes.send_pairs.of(wire, r))
+            gather_rows(part.rows, tokens, sizes.send_pairs.of(wire, r), part_of=wire)
         if spec.layout == "rank":  # the arrivals are the result
             arrived = part.rows.new_empty(sizes.recv_pairs.total, *part.rows.shape[1:])
         else:

@@ -21,8 +21,10 @@ class Terms(NamedTuple):
     sources: torch.Tensor
 
 
-def gather_rows(rows: torch.Tensor, index: torch.Tensor, out: torch.Tensor) -> None:
-    """``out[i] = rows[index[i]]``; all contiguous."""
+def gather_rows(
+    rows: torch.Tensor, index: torch.Tensor, out: torch.Tensor, part_of: torch.Tensor | None = None
+) -> None:
+    """``out[i] = rows[index[i]]``; all contiguous. ``part_of``: the result that ``out`` is a part of."""
     kernels = _extension.load_cpu() if out.device.type == "cpu" else None
     if kernels is None:
         torch.index_select(rows, 0, index, out=out)
@@ -33,6 +35,7 @@ def gather_rows(rows: torch.Tensor, index: torch.Tensor, out: torch.Tensor) -> N
             count=len(index),
             row_bytes=out[0].nbytes,
             target=out.data_ptr(),
+            result_bytes=(out if part_of is None else part_of).nbytes,
         )
 
 
@@ -75,7 +78,7 @@ def expand_blocks(
             if size:
                 index = row_places[start : start + size]
                 index = index if places is None else places.index_select(0, index)
-                gather_rows(tensor, index, rows[start : start + size])
+                gather_rows(tensor, index, rows[start : start + size], part_of=rows)
                 start += size
         rows[start:end].fill_(padding)
         start = end
