@@ -68,12 +68,12 @@ def tiny() -> TrainConfig:
         ),
         seq_len=128,
         batch=16,
-        steps=400,
+        steps=300,
         lr=4e-3,
         warmup=40,
         eval_every=50,
         eval_windows=128,
-        checkpoint_every=200,
+        checkpoint_every=150,
     )
 
 
