@@ -93,7 +93,7 @@ def test_variables_of_the_environment_are_documented():
         assert variable.name.startswith("MOE_EP_") and variable.meaning and variable.default is not None
 
 
-@pytest.mark.parametrize("flag", ["check", "extension"])
+@pytest.mark.parametrize("flag", ["extension"])
 def test_flags_are_0_or_1(monkeypatch, flag):
     name = f"MOE_EP_{flag.upper()}"
     for value in ("0", "1"):
