@@ -93,6 +93,7 @@ def dispatch(
                 comm.num_experts,
                 comm.num_local_experts,
                 comm.num_topk,
+                comm.max_tokens_per_rank,
                 layout,
                 expert_alignment,
                 max_recv_rows,

@@ -59,19 +59,23 @@ def combine(
     return find(communicator_id)._impl.combine(rows, row_weights, biases, state, spec)
 
 
-def _numbers(spec: RoutingSpec) -> tuple[int, int, int, str, int, int | None]:
+def _numbers(spec: RoutingSpec) -> tuple[int, int, int, int, str, int, int | None]:
     """A RoutingSpec as an operator's arguments, in the order of its fields."""
     return (
         spec.num_experts,
         spec.num_local_experts,
         spec.num_topk,
+        spec.max_tokens_per_rank,
         spec.layout,
         spec.expert_alignment,
         spec.max_recv_rows,
     )
 
 
-_SPEC = "int num_experts, int num_local_experts, int num_topk, str layout, int expert_alignment, int? max_recv_rows"
+_SPEC = (
+    "int num_experts, int num_local_experts, int num_topk, int max_tokens_per_rank, str layout, "
+    "int expert_alignment, int? max_recv_rows"
+)
 _library = torch.library.Library("moe_ep", "DEF")
 _library.define(f"plan(Tensor topk_idx, int communicator_id, {_SPEC}) -> Tensor[]")
 _library.define(

@@ -15,8 +15,11 @@ from typing import NamedTuple, Protocol
 import torch
 
 from .base import Backend, Part, RoutingSpec
-from .routing import NUM_RANGES, Segments, plan_receives, plan_sends
+from .routing import NUM_RANGES, Segments, SendPlan, plan_receives, plan_sends
 from .rows import Terms, add_rows, expand, expand_blocks, fit, gather_rows
+
+ONE_MESSAGE_BYTES = 1 << 16
+"""Counts and routing travel together if no rank can have more than this to say to another."""
 
 
 class Message(NamedTuple):
@@ -135,13 +138,12 @@ class AllToAllBackend(Backend):
 
     def plan(self, topk_idx: torch.Tensor, spec: RoutingSpec) -> list[torch.Tensor]:
         sends = plan_sends(topk_idx.long(), spec)
-        recv_counts = self._exchange_columns(sends.counts, "the exchange of counts")
-        counts = self.host_values(torch.cat([sends.counts, recv_counts]), "the exchange of counts")
-        _, send_entries, recv_pairs, recv_entries = (Segments(c) for c in counts)
-
-        codes = sends.codes.new_empty(recv_entries.total)
-        Exchange(self, sends.codes, send_entries, codes, recv_entries, "the exchange of routing").finish()
-        receives = plan_receives(codes, recv_pairs, self.rank, spec)
+        capacity = spec.max_tokens_per_rank * spec.num_topk
+        if capacity * sends.codes.element_size() <= ONE_MESSAGE_BYTES:
+            counts, codes = self._exchange_routing_at_once(sends, capacity)
+        else:
+            counts, codes = self._exchange_routing(sends)
+        receives = plan_receives(codes, Segments(counts[2]), self.rank, spec)
         list_sizes = [receives.sums.sizes.cpu(), sends.sums.sizes.cpu()]
         state = AllToAllState(
             tokens_per_expert=receives.tokens_per_expert,
@@ -162,6 +164,33 @@ class AllToAllBackend(Backend):
             owner_sources=sends.sums.sources,
         )
         return [getattr(state, name) for name in AllToAllState.__dataclass_fields__]
+
+    def _exchange_routing(self, sends: SendPlan) -> tuple[list[list[int]], torch.Tensor]:
+        """Pairs and entries to and from each rank ``[4, R]``, and the codes of the arriving entries."""
+        recv_counts = self._exchange_columns(sends.counts, "the exchange of counts")
+        counts = self.host_values(torch.cat([sends.counts, recv_counts]), "the exchange of counts")
+        recv_entries = Segments(counts[3])
+        codes = sends.codes.new_empty(recv_entries.total)
+        phase = "the exchange of routing"
+        Exchange(self, sends.codes, Segments(counts[1]), codes, recv_entries, phase).finish()
+        return counts, codes
+
+    def _exchange_routing_at_once(
+        self, sends: SendPlan, capacity: int
+    ) -> tuple[list[list[int]], torch.Tensor]:
+        """The same in one message of fixed size to each rank: counts, then codes."""
+        messages = sends.codes.new_zeros(self.size, 2 + capacity)
+        messages[:, :2] = sends.counts.t()
+        first = sends.counts[1].cumsum(0) - sends.counts[1]
+        place = torch.arange(len(sends.codes), device=first.device) - first[sends.entry_ranks]
+        messages[sends.entry_ranks, 2 + place] = sends.codes
+        received = torch.empty_like(messages)
+        one_each = Segments([1] * self.size)
+        phase = "the exchange of routing"
+        Exchange(self, messages, one_each, received, one_each, phase).finish()
+        counts = self.host_values(torch.cat([sends.counts, received[:, :2].t()]), phase)
+        codes = torch.cat([row[2 : 2 + count] for row, count in zip(received, counts[3], strict=True)])
+        return counts, codes
 
     def _exchange_columns(self, send: torch.Tensor, phase: str) -> torch.Tensor:
         """Column r of ``send [n, R]`` goes to rank r."""

@@ -18,6 +18,7 @@ class RoutingSpec:
     num_experts: int
     num_local_experts: int
     num_topk: int
+    max_tokens_per_rank: int
     layout: str
     expert_alignment: int
     max_recv_rows: int | None

@@ -36,8 +36,11 @@ class CollectiveBackend(AllToAllBackend):
         self.size = dist.get_world_size(group) if group is not None else 1
         self.channel = channel
         self.timeout_s = timeout_s
-        self.transport = dist.get_backend_config(group) if group is not None else "nothing: one rank"
-        on_cpu = group is None or "cpu:" in self.transport
+        config = (
+            dist.get_backend_config(group) if group is not None else "cpu:nothing"
+        )  # "cpu:gloo,cuda:nccl"
+        on_cpu = "cpu:" in config
+        self.transport = " and ".join(sorted({part.split(":")[-1] for part in config.split(",")}))
         self.device = torch.device("cpu") if on_cpu else torch.device("cuda", torch.cuda.current_device())
         self._global_ranks = dist.get_process_group_ranks(group) if group is not None else [0]
         self.neighbours = None

@@ -38,6 +38,7 @@ class SendPlan:
     tokens: torch.Tensor  # [S] token of each pair
     entries: torch.Tensor  # [Q] position in topk_idx.flatten() of each entry
     codes: torch.Tensor  # [Q] what the receiver must know of each entry, see `encode`
+    entry_ranks: torch.Tensor  # [Q] where each entry goes
     counts: torch.Tensor  # [2, R] pairs and entries for each rank
     sums: SumLists  # how the rows that come back add up to tokens: lists [K, R], sources counted within their rank
 
@@ -109,7 +110,8 @@ def plan_sends(topk_idx: torch.Tensor, spec: RoutingSpec) -> SendPlan:
         torch.arange(len(starts), device=device) - (pairs_per_rank.cumsum(0) - pairs_per_rank)[pair_ranks]
     )
     sums = _sum_lists(slots * num_ranks + pair_ranks, pair_tokens, within, num_topk * num_ranks)
-    return SendPlan(pair_tokens, entries, codes, torch.stack([pairs_per_rank, per_rank]), sums)
+    counts = torch.stack([pairs_per_rank, per_rank])
+    return SendPlan(pair_tokens, entries, codes, ranks, counts, sums)
 
 
 def encode(expert: torch.Tensor, k: torch.Tensor, new_pair: torch.Tensor, num_topk: int) -> torch.Tensor:

@@ -11,7 +11,7 @@ def headline(results: dict[str, Any]) -> str:
     w = results["workload"]
     return (
         f"{results['ranks']} ranks on {results['device']}, {results['transport']}, torch {results['torch']}, "
-        f"{results['threads_per_rank']} threads a rank\n"
+        f"threads per rank: {results['threads_per_rank']}\n"
         f"{w['num_tokens']} tokens a rank x {w['hidden']} {w['dtype']}, top-{w['num_topk']} of "
         f"{w['num_experts']} experts, {w['layout']} layout; {results['wire_bytes'] / 1e6:.1f} MB leave rank 0 each way"
     )
@@ -99,7 +99,7 @@ def write_picture(results: dict[str, Any], path: Path) -> None:
     for i, timing in enumerate(timings):
         axes.annotate(f" {timing['max_us']:.0f}", (timing["max_us"], i), va="center")
     axes.set_xlabel("us, slowest rank, median over iterations")
-    axes.set_title(headline(results), fontsize=8, loc="left")
+    figure.suptitle(headline(results), fontsize=8, x=0.01, ha="left")
     axes.spines[["top", "right"]].set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)

@@ -7,6 +7,7 @@ from exercise import assert_case, assert_same_bits, dispatch_results, expected, 
 
 import moe_ep
 from moe_ep import reference
+from moe_ep.backends import alltoall
 from moe_ep.testing import run_ranks
 
 SMALL = Case("small", (5, 0, 9, 4), num_experts=8, num_topk=3, routing="masked", dtype=torch.bfloat16)
@@ -332,3 +333,12 @@ def test_the_combined_sum_is_in_the_dtype_of_the_rows_whatever_x_was():
     wanted = reference.combine([each.tokens.double() * 1.1 for each in dispatched], dispatched)
     for rank, y in enumerate(run(case, fn)):
         assert_same_bits(y, wanted[rank], f"rank {rank}")
+
+
+def test_routing_too_large_for_one_message(monkeypatch):
+    monkeypatch.setattr(alltoall, "ONE_MESSAGE_BYTES", 0)
+    for case in standard_cases((1, 4)):
+        arguments = case.communicator_arguments
+        assert_case(
+            case, run_ranks(case.world_size, lambda comm, case=case: run_case(case, comm), **arguments)
+        )
