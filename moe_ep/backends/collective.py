@@ -36,9 +36,8 @@ class CollectiveBackend(AllToAllBackend):
         self.size = dist.get_world_size(group) if group is not None else 1
         self.channel = channel
         self.timeout_s = timeout_s
-        config = (
-            dist.get_backend_config(group) if group is not None else "cpu:nothing"
-        )  # "cpu:gloo,cuda:nccl"
+        # Like "cpu:gloo,cuda:nccl".
+        config = dist.get_backend_config(group) if group is not None else "cpu:nothing"
         on_cpu = "cpu:" in config
         self.transport = " and ".join(sorted({part.split(":")[-1] for part in config.split(",")}))
         self.device = torch.device("cpu") if on_cpu else torch.device("cuda", torch.cuda.current_device())
@@ -46,10 +45,8 @@ class CollectiveBackend(AllToAllBackend):
         self.neighbours = None
         if on_cpu and self.size > 1:
             self.neighbours = Neighbours(self.rank, self.all_gather)
-            if self.neighbours.ranks:
-                self.transport += (
-                    f", shared memory with {len(self.neighbours.ranks)} of {self.size - 1} others"
-                )
+            if near := len(self.neighbours.ranks):
+                self.transport += f", shared memory with {near} of {self.size - 1} others"
 
     def close(self) -> None:
         super().close()
@@ -187,6 +184,7 @@ class _HostTransfer:
         return received
 
     def release(self) -> None:
+        self._deadline = time.monotonic() + self._backend.timeout_s
         for peer in self._to_acknowledge:
             self._send(peer, torch.zeros(1, dtype=torch.uint8), acknowledgement=True)
         for peer, work, _ in self._leaving:
