@@ -15,26 +15,32 @@ class Event:
 
     def __init__(self) -> None:
         self._event: torch.cuda.Event | None = None
-        self._results: list[torch.Tensor] = []
+        self._caller: torch.cuda.Stream | None = None
         self._inputs: list[torch.Tensor] = []
+        self._results: list[torch.Tensor] = []
 
     def record(
         self, stream: torch.cuda.Stream, inputs: list[torch.Tensor], results: list[torch.Tensor]
     ) -> None:
-        """Mark the end of what ``stream`` has been given. ``inputs`` stay alive until somebody waits."""
+        """Mark the end of what ``stream`` has been given. Called on the caller's stream.
+
+        ``inputs`` stay alive until that stream has been made to wait, so that it can't reuse their memory before.
+        """
         self._event = torch.cuda.Event()
         self._event.record(stream)
+        self._caller = torch.cuda.current_stream(stream.device)
         self._inputs, self._results = inputs, results
 
     def wait(self) -> None:
-        """Make the current stream wait for the call. Does not block the host."""
+        """Make the current stream wait for the call; any number of times, on any stream. Does not block the host."""
         if self._event is None:
             return
-        current = torch.cuda.current_stream()
+        current = torch.cuda.current_stream(self._caller.device)
         current.wait_event(self._event)
         for result in self._results:
             result.record_stream(current)
-        self._inputs, self._results = [], []
+        if current == self._caller:
+            self._inputs = []
 
     def query(self) -> bool:
         """Whether the call has ended."""
@@ -66,5 +72,6 @@ def finish(
     """The event of a call that ran on ``stream``."""
     event = Event()
     if stream is not None:
-        event.record(stream, [t for t in inputs if t is not None], [t for t in results if t is not None])
+        on_device = ([t for t in tensors if t is not None and t.is_cuda] for tensors in (inputs, results))
+        event.record(stream, *on_device)
     return event

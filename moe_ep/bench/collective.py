@@ -89,8 +89,9 @@ class BareAllToAll:
     ) -> None:
         self._sent, self._received = sent, received
         dtype = DTYPES[workload.dtype]
-        self._here = torch.zeros(sum(sent), workload.hidden, dtype=dtype, device=device)
-        self._there = torch.zeros(sum(received), workload.hidden, dtype=dtype, device=device)
+        self._here, self._there = (
+            torch.randn(sum(counts), workload.hidden, device=device).to(dtype) for counts in (sent, received)
+        )
 
     def dispatch(self) -> None:
         if dist.is_initialized():
