@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
-from cases import Case
+from cases import Case, RankInputs
 from torch import Tensor
 
 import moe_ep
@@ -18,9 +19,43 @@ Results = dict[str, Tensor]
 SUMMED = ("y", "grad_x")
 
 
+@dataclass(frozen=True)
+class Received:
+    """What follows a dispatch: the experts' rows [N, H], and gradients of the tokens [N, H] and of the weights."""
+
+    rows: Tensor
+    grad_tokens: Tensor
+    grad_weights: Tensor | None
+
+
+def received(case: Case, rank: int, num_rows: int, device: torch.device | str = "cpu") -> Received:
+    """What the experts of ``rank`` and their backward make of ``num_rows`` rows."""
+    shape = (num_rows,) if case.layout == "expert" else (num_rows, case.num_topk)
+    return Received(
+        rows=case.expert_rows(rank, num_rows, device),
+        grad_tokens=case.grad_tokens(rank, num_rows, device),
+        grad_weights=case.grad_weights(rank, shape, device) if case.has_weights else None,
+    )
+
+
 def run_case(case: Case, comm: moe_ep.Communicator, device: torch.device | str = "cpu") -> Results:
     """One dispatch, one combine and their backward passes on this rank, every result by name, on the CPU."""
-    inputs = case.inputs(comm.rank, device)
+    results, _ = run_step(
+        case,
+        comm,
+        case.inputs(comm.rank, device),
+        lambda num_rows: received(case, comm.rank, num_rows, device),
+    )
+    return on_cpu(results)
+
+
+def run_step(
+    case: Case,
+    comm: moe_ep.Communicator,
+    inputs: RankInputs,
+    make_received: Callable[[int], Received],
+) -> tuple[Results, moe_ep.DispatchHandle]:
+    """The calls of ``run_case`` on tensors given by the caller; results stay on their device."""
     x = inputs.x.requires_grad_()
     weights = None if inputs.topk_weights is None else inputs.topk_weights.requires_grad_()
     biases = [bias.requires_grad_() for bias in inputs.biases]
@@ -29,25 +64,29 @@ def run_case(case: Case, comm: moe_ep.Communicator, device: torch.device | str =
     fp8 = "blockwise" if case.fp8 == "blockwise" else None
     out = moe_ep.dispatch(tokens_in, inputs.topk_idx, weights, comm, fp8=fp8, **case.dispatch_arguments)
     results = dispatch_results(out)
-    num_rows = out.tokens.shape[0]
+    after = make_received(out.tokens.shape[0])
 
-    rows = case.expert_rows(comm.rank, num_rows, device).requires_grad_()
+    rows = after.rows.requires_grad_()
     bias = None if not biases else biases[0] if len(biases) == 1 else tuple(biases)
     y = moe_ep.combine(rows, out.handle, bias=bias, fp8_backward=case.fp8_backward)
     results["y"] = y
     results["grad_rows"], *grad_biases = torch.autograd.grad(y, [rows, *biases], inputs.grad_y)
     results |= {f"grad_bias_{i}": grad for i, grad in enumerate(grad_biases)}
 
-    received = out.tokens.carrier if case.fp8 else out.tokens
-    outputs, grads, sources = [received], [case.grad_tokens(comm.rank, num_rows, device)], [x]
+    outputs, grads, sources = [out.tokens.carrier if case.fp8 else out.tokens], [after.grad_tokens], [x]
     if weights is not None:
         outputs.append(out.weights)
-        grads.append(case.grad_weights(comm.rank, tuple(out.weights.shape), device))
+        grads.append(after.grad_weights)
         sources.append(weights)
     results["grad_x"], *rest = torch.autograd.grad(outputs, sources, grads)
     if rest:
         results["grad_topk_weights"] = rest[0]
-    return {name: value.detach().cpu() for name, value in results.items()}
+    return results, out.handle
+
+
+def on_cpu(results: Results) -> Results:
+    """Copies that nothing can change any more."""
+    return {name: value.detach().clone().cpu() for name, value in results.items()}
 
 
 def dispatch_results(out: moe_ep.DispatchOutput) -> Results:
@@ -115,6 +154,26 @@ def assert_case(case: Case, results_by_rank: Sequence[Results]) -> None:
         )
         for name, value in actual.items():
             assert_same_bits(value, wanted[name], f"{case}: rank {rank}: {name}", any_nan=name in SUMMED)
+
+
+def assert_cases(cases: Sequence[Case], outcomes_by_rank: Sequence[dict[str, Results | str]]) -> None:
+    """``assert_case`` of every case; one AssertionError tells all that is wrong.
+
+    A rank's outcome of a case is its results, or text that says why there are none; none is a case not reached.
+    """
+    wrong = []
+    for case in cases:
+        outcomes = [outcomes.get(str(case), "not run") for outcomes in outcomes_by_rank]
+        texts = [
+            f"{case}: rank {rank}: {each}" for rank, each in enumerate(outcomes) if isinstance(each, str)
+        ]
+        try:
+            if not texts:
+                assert_case(case, outcomes)
+        except AssertionError as error:
+            texts = [str(error)]
+        wrong += texts
+    assert not wrong, "\n".join([f"of {len(cases)} cases, wrong:", *wrong])
 
 
 def assert_same_bits(actual: Tensor, wanted: Tensor, what: str, *, any_nan: bool = False) -> None:
