@@ -9,18 +9,17 @@ import torch
 import torch.distributed as dist
 
 from .. import Communicator, combine, dispatch
-from ..launch import init_process_group
-from .measure import Timing, time_operations
+from .measure import Timing, gather, time_operations
 from .workload import DTYPES, Workload
 
 
-def run_rank(workload: Workload, iterations: int, device_type: str | None) -> dict[str, Any] | None:
-    """Measure on this rank, one of those that were launched. Rank 0 returns the results, the others None."""
-    rank, size = init_process_group(device_type)
+def run_rank(workload: Workload, iterations: int) -> dict[str, Any] | None:
+    """Measure on this rank of the default group. Rank 0 returns the results, the others None."""
+    rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     # One thread each where ranks share the cores; their number is otherwise the user's (OMP_NUM_THREADS).
     torch.set_num_threads(max(1, torch.get_num_threads() // size))
     workload.check(size)
-    device = torch.device("cuda", torch.cuda.current_device()) if _on_gpu() else torch.device("cpu")
+    device = torch.device("cuda", torch.cuda.current_device()) if on_gpu() else torch.device("cpu")
     topk_idx = workload.topk_idx(rank, size).to(device)
     topk_weights = torch.rand(topk_idx.shape, device=device)
     inputs = workload.inputs(rank, device)
@@ -38,7 +37,7 @@ def run_rank(workload: Workload, iterations: int, device_type: str | None) -> di
         first = dispatch(inputs[0], topk_idx, topk_weights, comm, layout=workload.layout)
         rows = [first.tokens, first.tokens.clone()]
         sent = workload.pairs_by_rank(topk_idx, size)
-        received = _received(sent, size)
+        received = _received(sent, rank)
         bare = BareAllToAll(sent, received, workload, device)
         off_rank = BareAllToAll(_without(sent, rank), _without(received, rank), workload, device)
         timings = time_operations(
@@ -76,8 +75,6 @@ def run_rank(workload: Workload, iterations: int, device_type: str | None) -> di
             ratio=_ratio(timings, ""),
             ratio_off_rank=_ratio(timings, "off-rank rows, "),
         )
-    if dist.is_initialized():
-        dist.destroy_process_group()
     return results
 
 
@@ -109,17 +106,14 @@ def _ratio(timings: dict[str, Timing], kind: str) -> float | None:
     return ours / sum(bare) if dist.is_initialized() and dist.get_world_size() > 1 else None
 
 
-def _received(sent: list[int], size: int) -> list[int]:
-    if not dist.is_initialized():
-        return sent
-    everyone: list[list[int]] = [[]] * size
-    dist.all_gather_object(everyone, sent)
-    return [counts[dist.get_rank()] for counts in everyone]
+def _received(sent: list[int], rank: int) -> list[int]:
+    return [counts[rank] for counts in gather(sent)]
 
 
 def _without(counts: list[int], rank: int) -> list[int]:
     return [0 if r == rank else count for r, count in enumerate(counts)]
 
 
-def _on_gpu() -> bool:
+def on_gpu() -> bool:
+    """Whether the default group's ranks have a GPU each."""
     return dist.is_initialized() and "nccl" in dist.get_backend_config()

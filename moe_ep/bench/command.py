@@ -7,62 +7,129 @@ import json
 import tempfile
 from pathlib import Path
 
-from ..launch import inside_launch, spawn
-from . import report
-from .collective import run_rank
-from .workload import DTYPES, Workload
+import torch
+import torch.distributed as dist
 
-HELP = "Time dispatch and combine next to the bare collectives that move the same bytes."
+from .. import Communicator
+from ..errors import InvalidInput
+from ..launch import init_process_group, inside_launch, spawn
+from . import arguments, collective, collective_report, machine, picture, table
+from .plan import Sweep
+from .results import Results, write
+from .sweep import Bench
+
+HELP = """Time dispatch and combine on this machine.
+
+On GPUs that reach each other's memory: every operation, layout and dtype over numbers of SMs, beside NCCL doing the
+same job and the copy engines' rate. Elsewhere: the collective backend next to the bare collectives that move the
+same bytes."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--backend", choices=["collective"], default="collective")
-    parser.add_argument("--nproc", type=int, default=2, help="ranks to start here (not under torchrun)")
+    parser.add_argument(
+        "--backend",
+        choices=["auto", "collective", "nvlink"],
+        default="auto",
+        help="auto: nvlink where it runs",
+    )
     parser.add_argument(
         "--device", choices=["cpu", "cuda"], help="default: cuda with a GPU for each rank, else cpu"
     )
-    parser.add_argument("--num-tokens", type=int, default=4096, help="tokens per rank")
-    parser.add_argument("--hidden", type=int, default=1024)
-    parser.add_argument("--num-topk", type=int, default=2)
-    parser.add_argument("--num-experts", type=int, default=16)
-    parser.add_argument("--dtype", choices=sorted(DTYPES), default="float32")
-    parser.add_argument("--layout", choices=["expert", "rank"], default="expert")
+    parser.add_argument("--op", choices=[*arguments.OPS, "all"], help="what to time (all)")
+    arguments.add_sizes(parser)
     parser.add_argument(
-        "--unbalanced-ratio", type=float, default=1.0, metavar="X", help="load of rank 0 over the mean load"
+        "--weights", action="store_true", help="topk_weights travel with a cached handle, too"
     )
-    parser.add_argument("--iterations", type=int, default=30)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here too")
     parser.add_argument("--png", type=Path, metavar="FILE", help="draw the results here")
 
 
 def run(args: argparse.Namespace) -> int:
-    workload = Workload(
-        num_tokens=args.num_tokens,
-        hidden=args.hidden,
-        num_topk=args.num_topk,
-        num_experts=args.num_experts,
-        dtype=args.dtype,
-        layout=args.layout,
-        unbalanced_ratio=args.unbalanced_ratio,
-    )
+    _check(args)
     if inside_launch():
-        results = run_rank(workload, args.iterations, args.device)
+        text = run_rank(args)
     else:
-        workload.check(args.nproc)
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "results.json")
-            spawn(_run_spawned, args.nproc, workload, args.iterations, args.device, path)
-            results = json.loads(path.read_text())
-    if results is not None:
-        report.print_table(results)
-        if args.json is not None:
-            report.write_json(results, args.json)
-        if args.png is not None:
-            report.write_picture(results, args.png)
+            spawn(_run_spawned, args.nproc, args, machine.command_line(), path)
+            text = path.read_text()
+    if text is not None:
+        _report(text, args)
     return 0
 
 
-def _run_spawned(workload: Workload, iterations: int, device: str | None, path: Path) -> None:
-    results = run_rank(workload, iterations, device)
-    if results is not None:
-        report.write_json(results, path)
+def run_rank(args: argparse.Namespace, command: str | None = None) -> str | None:
+    """Measure on this rank, one of those that were launched. Rank 0 returns the results as JSON, the others None."""
+    rank, size = init_process_group(args.device)
+    try:
+        if not _uses_kernels(args):
+            results = collective.run_rank(arguments.workload(args), args.iterations)
+            return None if results is None else json.dumps(results, indent=2) + "\n"
+        device = torch.device("cuda", torch.cuda.current_device())
+        available = torch.cuda.get_device_properties(device).multi_processor_count
+        sweep = arguments.sweep(args, available)
+        sweep.check(size)
+        with torch.no_grad(), communicator(sweep, "nvlink") as comm:
+            results = Bench(sweep, comm, device).run(machine.facts(device, command))
+        return results.to_json() if rank == 0 else None
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def communicator(sweep: Sweep, backend: str) -> Communicator:
+    """One that has room for everything in ``sweep``."""
+    return Communicator(
+        hidden=sweep.hidden,
+        max_tokens_per_rank=max(sweep.num_tokens),
+        num_experts=sweep.num_experts,
+        num_topk=sweep.num_topk,
+        backend=backend,
+    )
+
+
+def _uses_kernels(args: argparse.Namespace) -> bool:
+    """Whether the nvlink backend runs here; asked of the library itself, with sizes that cost nothing."""
+    if args.backend != "auto":
+        return args.backend == "nvlink"
+    if args.device == "cpu" or not collective.on_gpu():
+        return False
+    sizes = {"hidden": 128, "max_tokens_per_rank": 1, "num_topk": 1}
+    with Communicator(num_experts=dist.get_world_size(), **sizes) as comm:
+        return comm.backend == "nvlink"
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Raise what can be known to be wrong before ranks are started."""
+    num_gpus = 0 if args.device == "cpu" else torch.cuda.device_count()
+    if args.backend == "nvlink":
+        if num_gpus < args.nproc and not inside_launch():
+            raise InvalidInput(
+                f"--backend nvlink needs a GPU for each of --nproc {args.nproc} ranks; there are {num_gpus}"
+            )
+    elif args.backend == "collective" or num_gpus == 0:
+        workload = arguments.workload(args)
+        if not inside_launch():
+            workload.check(args.nproc)
+
+
+def _report(text: str, args: argparse.Namespace) -> None:
+    loaded = json.loads(text)
+    if loaded.get("kind") == "sweep":
+        results = Results.from_json(text)
+        table.print_results(results)
+        draw = picture.write_picture
+    else:
+        results = loaded
+        collective_report.print_table(results)
+        draw = collective_report.write_picture
+    if args.json is not None:
+        write(text, args.json)
+    if args.png is not None:
+        draw(results, args.png)
+
+
+def _run_spawned(args: argparse.Namespace, command: str, path: Path) -> None:
+    text = run_rank(args, command)
+    if text is not None:
+        write(text, path)

@@ -5,12 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-_WARMUP = 5
-_SLEEP_CYCLES = 500_000  # while the GPU waits, the host, which is slower, gets ahead of it
+WARMUP = 5
+_SLEEP_CYCLES = 1_000_000  # half a millisecond in which the host, slower than the GPU, gets ahead of it
+
+Operation = Callable[[int], object]
+"""Gets the number of the call, by which it chooses among its inputs."""
 
 
 @dataclass(frozen=True)
@@ -26,48 +30,92 @@ class Timing:
     max_us: float
     outside_us: float | None = None
 
+    @staticmethod
+    def of_ranks(medians: list[float]) -> Timing:
+        return Timing(min(medians), median(medians), max(medians))
+
 
 class Stopwatch:
-    """Host time on a CPU, device time (events) on a GPU."""
+    """Times calls that all ranks begin together. On a CPU all its clocks are the host's."""
 
     def __init__(self, device: torch.device) -> None:
-        self._on_device = device.type == "cuda"
+        self._on_gpu = device.type == "cuda"
+        self._number = torch.zeros(1, device=device)
 
-    def time(self, operation: Callable[[], object]) -> float:
-        """Microseconds of one call."""
-        if not self._on_device:
-            start = time.perf_counter()
-            operation()
-            return (time.perf_counter() - start) * 1e6
+    def device_us(self, operation: Operation, i: int) -> float:
+        """Time of all that the call gives the GPU, from when every rank's GPU has come to it.
+
+        The events lie around the whole call on the current stream, so they miss none of its kernels; the GPU sleeps
+        first, so that the host's time is not in between, except where the call itself waits for the GPU.
+        """
+        if not self._on_gpu:
+            return self.wall_us(operation, i)
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         torch.cuda._sleep(_SLEEP_CYCLES)
+        self._meet()
         begin.record()
-        operation()
+        operation(i)
         end.record()
         end.synchronize()
         return begin.elapsed_time(end) * 1e3
 
+    def wall_us(self, operation: Operation, i: int) -> float:
+        """The host's time from before the call until the GPU has ended it."""
+        self._meet()
+        self._wait()
+        start = time.perf_counter()
+        operation(i)
+        self._wait()
+        return (time.perf_counter() - start) * 1e6
+
+    def enqueue_us(self, operation: Operation, calls: int) -> float:
+        """The host's time for one call that it need not wait for: that of many, divided."""
+        self._meet()
+        self._wait()
+        start = time.perf_counter()
+        for i in range(calls):
+            operation(i)
+        elapsed = time.perf_counter() - start
+        self._wait()
+        return elapsed / calls * 1e6
+
+    def _meet(self) -> None:
+        """The device does no more until every rank's does; on a CPU the host."""
+        if not dist.is_initialized():
+            return
+        if self._on_gpu:
+            dist.all_reduce(self._number)
+        else:
+            dist.barrier()
+
+    def _wait(self) -> None:
+        if self._on_gpu:
+            torch.cuda.synchronize()
+
+
+def median_us(clock: Callable[[Operation, int], float], operation: Operation, iterations: int) -> float:
+    """Median over ``iterations`` after a warm-up, on this rank; ``clock`` is a method of Stopwatch."""
+    return median([clock(operation, i) for i in range(WARMUP + iterations)][WARMUP:])
+
 
 def time_operations(
-    operations: dict[str, Callable[[int], object]],
+    operations: dict[str, Operation],
     iterations: int,
     device: torch.device,
     communication_s: Callable[[], float] | None = None,
 ) -> dict[str, Timing]:
     """Time each operation ``iterations`` times, one after another in every round, so that all see the same machine.
 
-    Operations get the number of the round. ``communication_s``: a clock of the time spent communicating so far.
+    ``communication_s``: a clock of the time spent communicating so far.
     """
     watch = Stopwatch(device)
     times: dict[str, list[float]] = {name: [] for name in operations}
     outside: dict[str, list[float]] = {name: [] for name in operations}
-    for i in range(_WARMUP + iterations):
+    for i in range(WARMUP + iterations):
         for name, operation in operations.items():
-            if dist.is_initialized():
-                dist.barrier()
             before = communication_s() if communication_s else 0.0
-            elapsed = watch.time(lambda operation=operation, i=i: operation(i))
-            if i < _WARMUP:
+            elapsed = watch.device_us(operation, i)
+            if i < WARMUP:
                 continue
             times[name].append(elapsed)
             if communication_s:
@@ -75,17 +123,21 @@ def time_operations(
     return {name: _over_ranks(times[name], outside[name]) for name in operations}
 
 
+def gather(value: Any) -> list[Any]:
+    """Every rank's value, on every rank."""
+    if not dist.is_initialized():
+        return [value]
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, value)
+    return everyone
+
+
+def median(values: list[float]) -> float:
+    return sorted(values)[len(values) // 2]
+
+
 def _over_ranks(times: list[float], outside: list[float]) -> Timing:
-    mine = [_median(times), _median(outside) if outside else -1.0]
-    everyone = [mine]
-    if dist.is_initialized():
-        everyone = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, mine)
-    medians = sorted(times for times, _ in everyone)
+    everyone = gather([median(times), median(outside) if outside else -1.0])
+    timing = Timing.of_ranks([us for us, _ in everyone])
     slowest = max(everyone)
-    return Timing(medians[0], _median(medians), medians[-1], slowest[1] if outside else None)
-
-
-def _median(values: list[float]) -> float:
-    ordered = sorted(values)
-    return ordered[len(ordered) // 2]
+    return Timing(timing.min_us, timing.median_us, timing.max_us, slowest[1] if outside else None)

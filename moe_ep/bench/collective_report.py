@@ -1,10 +1,11 @@
-"""The results of a benchmark as a table, as JSON, and as a picture."""
+"""The collective backend's results as a table and as a picture."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
+
+from .table import print_table as print_lines
 
 
 def headline(results: dict[str, Any]) -> str:
@@ -53,25 +54,8 @@ def verdict(results: dict[str, Any]) -> list[str]:
 
 def print_table(results: dict[str, Any]) -> None:
     print(headline(results))
-    try:
-        from rich.console import Console
-        from rich.table import Table
-    except ImportError:
-        for row in (HEADER, *rows(results)):
-            print(f"{row[0]:48s}", *(f"{cell:>12s}" for cell in row[1:]))
-    else:
-        table = Table(*HEADER)
-        for column in table.columns[1:]:
-            column.justify = "right"
-        for row in rows(results):
-            table.add_row(*row)
-        Console().print(table)
+    print_lines(HEADER, [rows(results)], num_texts=1)
     print("\n".join(verdict(results)))
-
-
-def write_json(results: dict[str, Any], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(results, indent=2) + "\n")
 
 
 def write_picture(results: dict[str, Any], path: Path) -> None:
