@@ -149,31 +149,36 @@ def expected(case: Case, device: torch.device | str = "cpu") -> list[Results]:
 def assert_case(case: Case, results_by_rank: Sequence[Results]) -> None:
     """Every rank has the oracle's bits; else AssertionError names case, rank, tensor and element."""
     for rank, (actual, wanted) in enumerate(zip(results_by_rank, expected(case), strict=True)):
-        assert sorted(actual) == sorted(wanted), (
-            f"{case}: rank {rank} returned {sorted(actual)}, not {sorted(wanted)}"
-        )
-        for name, value in actual.items():
-            assert_same_bits(value, wanted[name], f"{case}: rank {rank}: {name}", any_nan=name in SUMMED)
+        assert_results(actual, wanted, f"{case}: rank {rank}")
+
+
+def assert_results(actual: Results, wanted: Results, what: str) -> None:
+    """Equal names and, tensor by tensor, bits."""
+    assert sorted(actual) == sorted(wanted), f"{what} returned {sorted(actual)}, not {sorted(wanted)}"
+    for name, value in actual.items():
+        assert_same_bits(value, wanted[name], f"{what}: {name}", any_nan=name in SUMMED)
 
 
 def assert_cases(cases: Sequence[Case], outcomes_by_rank: Sequence[dict[str, Results | str]]) -> None:
     """``assert_case`` of every case; one AssertionError tells all that is wrong.
 
-    A rank's outcome of a case is its results, or text that says why there are none; none is a case not reached.
+    A rank's outcome of a case is its results, or text that says why there are none; a case not reached has none.
     """
-    wrong = []
+    wrong, not_run = [], 0
     for case in cases:
-        outcomes = [outcomes.get(str(case), "not run") for outcomes in outcomes_by_rank]
+        outcomes = [each.get(str(case)) for each in outcomes_by_rank]
         texts = [
             f"{case}: rank {rank}: {each}" for rank, each in enumerate(outcomes) if isinstance(each, str)
         ]
-        try:
-            if not texts:
+        if None in outcomes:
+            not_run += 1
+        elif not texts:
+            try:
                 assert_case(case, outcomes)
-        except AssertionError as error:
-            texts = [str(error)]
+            except AssertionError as error:
+                texts = [str(error)]
         wrong += texts
-    assert not wrong, "\n".join([f"of {len(cases)} cases, wrong:", *wrong])
+    assert not wrong and not not_run, "\n".join([f"of {len(cases)} cases {not_run} did not run", *wrong])
 
 
 def assert_same_bits(actual: Tensor, wanted: Tensor, what: str, *, any_nan: bool = False) -> None:
