@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from .. import Communicator
+from .. import Communicator, machine
 from ..errors import InvalidInput
 from ..launch import init_process_group, inside_launch, spawn
-from . import arguments, collective, collective_report, machine, picture, table
+from . import arguments, collective, collective_report, picture, table
 from .plan import Sweep
 from .results import Results, write
 from .sweep import Bench

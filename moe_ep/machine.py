@@ -34,10 +34,10 @@ def driver_version() -> str:
     return command_output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
 
 
-def command_output(*command: str) -> str:
-    """What a command prints, on one line, each different line once; or why it can't be run."""
+def command_output(*command: str, separator: str = ", ") -> str:
+    """What a command prints, each different line once; or why it can't be run."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired) as error:
         return f"{command[0]} can't be run: {error}"
-    return ", ".join(dict.fromkeys((done.stdout or done.stderr).strip().splitlines()))
+    return separator.join(dict.fromkeys((done.stdout or done.stderr).strip().splitlines()))
