@@ -1,0 +1,23 @@
+"""Whether two runs gave the same tensors."""
+
+from __future__ import annotations
+
+import torch
+
+
+def assert_equal(ours: dict[str, torch.Tensor], stock: dict[str, torch.Tensor], *, rtol: float) -> None:
+    """Every tensor differs by at most ``rtol`` of its largest value; 0 means bit for bit, but for the sign of 0."""
+    assert ours.keys() == stock.keys()
+    for name, wanted in stock.items():
+        got = ours[name]
+        if wanted is None or got is None:
+            assert got is None and wanted is None, f"{name}: only one of the two has a gradient"
+            continue
+        assert torch.isfinite(wanted).all() and torch.isfinite(got).all(), f"{name} is not finite"
+        difference = (got.double() - wanted.double()).abs().max()
+        largest = wanted.double().abs().max()
+        assert difference <= rtol * largest, (
+            f"{name} differs by {difference:.3g}; its values go up to {largest:.3g}"
+        )
+    live = [name for name, wanted in stock.items() if wanted is not None and wanted.count_nonzero()]
+    assert len(live) >= 3, f"almost all tensors are zero, so that equality says little; not zero are {live}"
