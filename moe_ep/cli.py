@@ -27,6 +27,7 @@ class Command(NamedTuple):
 COMMANDS = {
     "train": Command("moe_ep.recipes.train_command", "train a DeepSeek-V3-style model on text"),
     "bench": Command("moe_ep.bench.command", "time dispatch and combine on this machine"),
+    "tune": Command("moe_ep.bench.tune_command", "find the best numbers of SMs for your sizes"),
     "doctor": Command("moe_ep.doctor", "say what this machine can run, and what is missing for more"),
     "plan": Command("moe_ep.recipes.plan", "say what memory and traffic a model needs on given ranks"),
 }

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
+
+import torch
 
 from ..errors import InvalidInput
 from .plan import Sweep
@@ -20,8 +22,8 @@ _ON_CPU = {"hidden": 1024, "num_topk": 2, "num_experts": 16}
 Value = TypeVar("Value")
 
 
-def add_sizes(parser: argparse.ArgumentParser) -> None:
-    """What both commands ask: the job."""
+def add_sizes(parser: argparse.ArgumentParser, sms: Sequence[int] = SMS) -> None:
+    """What both commands ask: the job. ``sms``: the default of --num-sms."""
     parser.add_argument("--nproc", type=int, default=2, help="ranks to start here (not under torchrun)")
     parser.add_argument("--num-tokens", type=_list(_positive), help="tokens per rank, a list (4096)")
     parser.add_argument("--hidden", type=_positive, help="width of a token (7168; collective: 1024)")
@@ -42,7 +44,7 @@ def add_sizes(parser: argparse.ArgumentParser) -> None:
         "--num-sms",
         type=_list(lambda text: text if text == AUTO else _positive(text)),
         metavar="SMS",
-        help=f"a list of numbers of SMs, and of {AUTO} = the library's choice ({','.join(map(str, SMS))}, "
+        help=f"a list of numbers of SMs, and of {AUTO} = the library's choice ({','.join(map(str, sms))}, "
         "as far as the GPU has them)",
     )
     parser.add_argument(
@@ -51,9 +53,9 @@ def add_sizes(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--iterations", type=_positive, default=30)
 
 
-def sweep(args: argparse.Namespace, available_sms: int) -> Sweep:
+def sweep(args: argparse.Namespace, available_sms: int, sms: Sequence[int] = SMS) -> Sweep:
     """What to measure with communication kernels, on GPUs with so many SMs."""
-    num_sms = args.num_sms or [n for n in SMS if n <= available_sms]
+    num_sms = args.num_sms or [n for n in sms if n <= available_sms]
     return Sweep(
         ops=OPS if getattr(args, "op", None) in (None, "all") else (args.op,),
         layouts=LAYOUTS if args.layout in (None, "both") else (args.layout,),
@@ -65,6 +67,10 @@ def sweep(args: argparse.Namespace, available_sms: int) -> Sweep:
         weights=getattr(args, "weights", False),
         **{name: getattr(args, name) or default for name, default in _ON_GPUS.items()},
     )
+
+
+def sms_of(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def workload(args: argparse.Namespace) -> Workload:

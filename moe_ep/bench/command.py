@@ -66,8 +66,7 @@ def run_rank(args: argparse.Namespace, command: str | None = None) -> str | None
             results = collective.run_rank(arguments.workload(args), args.iterations)
             return None if results is None else json.dumps(results, indent=2) + "\n"
         device = torch.device("cuda", torch.cuda.current_device())
-        available = torch.cuda.get_device_properties(device).multi_processor_count
-        sweep = arguments.sweep(args, available)
+        sweep = arguments.sweep(args, arguments.sms_of(device))
         sweep.check(size)
         with torch.no_grad(), communicator(sweep, "nvlink") as comm:
             results = Bench(sweep, comm, device).run(machine.facts(device, command))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,6 +18,15 @@ from .workload import FP8, busiest_rows, row_bytes
 
 NUM_ROUTINGS = 3
 _MAX_INPUTS = 96
+
+
+def jobs_of(sweep: Sweep, comm: Communicator, device: torch.device) -> Iterator[Jobs]:
+    """By size and layout, one after another: the inputs of all would not fit at once."""
+    groups: dict[tuple[int, str], list[Case]] = {}
+    for case in sweep.cases():
+        groups.setdefault((case.num_tokens, case.layout), []).append(case)
+    for cases in groups.values():
+        yield Jobs(sweep, cases, comm, device)
 
 
 class Jobs:

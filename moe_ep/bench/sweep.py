@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 
 from .. import Communicator
 from . import copy_engine
-from .jobs import Jobs
+from .jobs import Jobs, jobs_of
 from .measure import Stopwatch, Timing, gather, median_us
 from .plan import Sweep
 from .results import Case, Measurement, Results
@@ -32,7 +31,7 @@ class Bench:
         mine: list[Measurement] = []
         nccl: dict[Case, float] = {}
         rates = copy_engine.measure(self.device)
-        for jobs in self.jobs():
+        for jobs in jobs_of(self.sweep, self.comm, self.device):
             for case in jobs.cases:
                 wire_bytes[case] = jobs.wire_bytes(case)
                 mine += [self._measure(jobs, case, num_sms) for num_sms in self.sweep.sms_on(self.device)]
@@ -61,14 +60,6 @@ class Bench:
             measurements=[_over_ranks(each) for each in zip(*(mine for mine, _ in everyone), strict=True)],
             nccl={case: Timing.of_ranks([times[case] for _, times in everyone]) for case in nccl},
         )
-
-    def jobs(self) -> Iterator[Jobs]:
-        """By size and layout, so that the memory of one ends before the next begins."""
-        groups: dict[tuple[int, str], list[Case]] = {}
-        for case in self.sweep.cases():
-            groups.setdefault((case.num_tokens, case.layout), []).append(case)
-        for cases in groups.values():
-            yield Jobs(self.sweep, cases, self.comm, self.device)
 
     def _measure(self, jobs: Jobs, case: Case, num_sms: int | None) -> Measurement:
         cached = jobs.cached(case, num_sms)
