@@ -39,10 +39,10 @@ def run(args: argparse.Namespace) -> int:
 def examine() -> Report:
     """Look at the machine and run the self-tests (a second or two; with GPUs longer, since processes start)."""
     num_gpus = torch.cuda.device_count()
-    virtual_tests = [self_test.virtual_fact("cpu")]
+    virtual_tests = [self_test.virtual_fact()]
     process_tests = []
     if num_gpus:
-        virtual_tests.append(self_test.virtual_fact("cuda"))
+        virtual_tests.append(self_test.virtual_gpu_fact())
         process_tests += self_test.process_facts(num_gpus)
     tests = [*virtual_tests, *process_tests]
     return Report(
