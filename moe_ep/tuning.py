@@ -85,13 +85,13 @@ class Config:
         """The SMs of the nearest shape that was measured, or None if none has this op, layout, dtype and num_ranks.
 
         Nearest is the one whose num_tokens and hidden differ from those given by the smallest factor, both factors
-        multiplied. ``dtype``: of what travels. ``overlapped``: communication runs beside computation.
+        multiplied. ``dtype``: of what travels; its size counts. ``overlapped``: communication runs beside computation.
         """
-        wanted = (op, layout, str(dtype).removeprefix("torch."), num_ranks)
+        wanted = (op, layout, _size_of(dtype), num_ranks)
         found = [
             choice
             for choice in self.choices
-            if (choice.op, choice.layout, choice.dtype, choice.num_ranks) == wanted
+            if (choice.op, choice.layout, _size_of(choice.dtype), choice.num_ranks) == wanted
         ]
         if not found:
             return None
@@ -122,6 +122,13 @@ class Config:
             ) from error
         except ValueError as error:  # InvalidInput is one
             raise InvalidInput(f"tuning file {path}: {error}; make it again with moe-ep tune") from error
+
+
+def _size_of(dtype: torch.dtype | str) -> int:
+    found = getattr(torch, str(dtype).removeprefix("torch."), None)
+    if not isinstance(found, torch.dtype):
+        raise InvalidInput(f"dtype is {dtype!r}; it must be torch's name of a dtype, such as 'bfloat16'")
+    return found.itemsize
 
 
 def _parse(content: Any) -> Config:

@@ -57,8 +57,8 @@ def test_nearest_hidden_counts(config):
     assert config.num_sms(op="combine", num_tokens=4096, **{**SHAPE, "hidden": 5120}) == 64
 
 
-def test_dtype_is_torchs_or_its_name(config):
-    for dtype in (torch.float8_e4m3fn, "float8_e4m3fn", "torch.float8_e4m3fn"):
+def test_dtype_is_torchs_or_its_name_and_its_size_counts(config):
+    for dtype in (torch.float8_e4m3fn, "float8_e4m3fn", "torch.float8_e4m3fn", torch.uint8):
         assert config.num_sms(op="combine", num_tokens=4096, **{**SHAPE, "dtype": dtype}) == 32
 
 
@@ -80,7 +80,7 @@ def test_nothing_fits_another_job(config, changes):
             "choice 0 has op; it must have",
         ),
         (lambda content: json.dumps(with_choice(content, op="send")), "choice 0: op is 'send'"),
-        (lambda content: json.dumps(with_choice(content, dtype="bf16")), "choice 0: dtype is 'bf16'"),
+        (lambda content: json.dumps(with_choice(content, dtype="bf99")), "choice 0: dtype is 'bf99'"),
         (lambda content: json.dumps(with_choice(content, latency=0)), "choice 0: latency is 0"),
         (lambda content: json.dumps(with_choice(content, hidden=True)), "choice 0: hidden is True"),
     ],
