@@ -4,45 +4,23 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
-#include <stdexcept>
 
 #include "common/dtype.h"
-#include "common/status.h"
+#include "common/python.h"
 #include "fp8/dequantize_rowwise.h"
 #include "fp8/quantize_rowwise.h"
 
 namespace py = pybind11;
 
+namespace moe_ep::nvlink {
+void bind(py::module_& module);
+}
+
 namespace {
 
-using Address = std::uintptr_t;  // tensor.data_ptr(), stream.cuda_stream
-
-template <typename T>
-T* pointer(Address address) {
-  return reinterpret_cast<T*>(address);
-}
-
-void raise_unless_ok(const moe_ep::Status& status) {
-  switch (status.code()) {
-    case moe_ep::Status::Code::ok:
-      return;
-    case moe_ep::Status::Code::invalid_argument:
-      throw py::value_error(status.message());
-    case moe_ep::Status::Code::cuda_error:
-      throw std::runtime_error(status.message());
-  }
-}
-
-// Runs a launch without the GIL; its failure becomes a ValueError or a RuntimeError.
-template <typename Launch>
-void run(Launch&& launch) {
-  moe_ep::Status status = moe_ep::Status::ok();
-  {
-    py::gil_scoped_release release;
-    status = launch();
-  }
-  raise_unless_ok(status);
-}
+using moe_ep::Address;
+using moe_ep::pointer;
+using moe_ep::run;
 
 void bind_fp8(py::module_& module) {
   using namespace moe_ep;
@@ -88,4 +66,7 @@ PYBIND11_MODULE(_C, module) {
       .value("float16", moe_ep::DType::float16)
       .value("bfloat16", moe_ep::DType::bfloat16);
   bind_fp8(module);
+  py::module_ nvlink =
+      module.def_submodule("nvlink", "Dispatch and combine between GPUs that reach each other's memory.");
+  moe_ep::nvlink::bind(nvlink);
 }

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import itertools
 import logging
+import os
 import weakref
 
 import torch
 import torch.distributed as dist
 
-from . import env
+from . import _extension, env, sm_model
+from .backends import nvlink, windows
 from .backends.base import Backend
 from .backends.collective import CollectiveBackend
 from .backends.virtual import VirtualBackend, VirtualGroup
 from .errors import BackendUnavailable, InvalidInput
+from .tuning import Config
 
-BACKENDS = ("auto", "collective", "virtual")
+BACKENDS = ("auto", "collective", "nvlink", "virtual")
 MAX_EXPERTS = 1 << 16
 MAX_TOPK = 1 << 10
+
+_DTYPE_OF_SIZE = {1: torch.float8_e4m3fn, 2: torch.bfloat16, 4: torch.float32, 8: torch.float64}
 
 _log = logging.getLogger("moe_ep")
 _ids = itertools.count()
@@ -35,8 +40,12 @@ class Communicator:
         max_tokens_per_rank: the largest T of any call.
         num_experts: E, the experts of all ranks together; rank r holds experts r * E/R to (r + 1) * E/R - 1.
         num_topk: K, the columns of topk_idx.
-        backend: "auto", "collective" or "virtual".
-        num_sms: streaming multiprocessors for communication kernels; backends without kernels ignore it.
+        backend: "nvlink": GPUs that reach each other's memory; "collective": any group; "virtual": a VirtualGroup's
+            threads; "auto": nvlink for CUDA tensors where it can be, else collective.
+        num_sms: streaming multiprocessors for communication kernels; None: as ``config`` or `moe_ep.sm_model` says
+            for each call. Backends without kernels ignore it.
+        config: what `moe-ep tune` measured: a `moe_ep.tuning.Config`, or its file; None: the file that the environment
+            variable MOE_EP_CONFIG names, if any.
         timeout_s: seconds after which a rank that does not answer is given up, with PeerTimeoutError.
 
     Attributes: ``rank``, ``size`` (R), ``num_local_experts`` (L), ``closed``, and the arguments; ``backend`` is the
@@ -56,6 +65,7 @@ class Communicator:
         num_topk: int,
         backend: str = "auto",
         num_sms: int | None = None,
+        config: Config | str | os.PathLike | None = None,
         timeout_s: float = 100.0,
     ) -> None:
         self.id = next(_ids)
@@ -70,12 +80,9 @@ class Communicator:
             )
         if num_experts > MAX_EXPERTS:
             raise InvalidInput(f"num_experts is {num_experts}; allowed are up to {MAX_EXPERTS}")
-        self._impl = _make_backend(backend, group, timeout_s)
-        if num_experts % self.size:
-            raise InvalidInput(
-                f"num_experts is {num_experts}, which {self.size} ranks can't share equally; "
-                f"use a multiple of {self.size}"
-            )
+        self._config = _load_config(config)
+        shape = nvlink.Shape(hidden, max_tokens_per_rank, num_experts, num_topk)
+        self._impl = _make_backend(backend, group, timeout_s, shape, self._choose)
         self.hidden = hidden
         self.max_tokens_per_rank = max_tokens_per_rank
         self.num_experts = num_experts
@@ -99,6 +106,47 @@ class Communicator:
     @property
     def backend(self) -> str:
         return self._impl.name
+
+    @property
+    def window_bytes(self) -> int:
+        """Memory of this rank that the others' kernels write to; 0 for backends without kernels.
+
+        ``(R - 1) * max_tokens_per_rank * (2 * hidden + 4 * num_topk)``, and a little for routing and signals.
+        """
+        return getattr(self._impl, "window_bytes", 0)
+
+    def choose_num_sms(
+        self, op: str, *, layout: str, dtype: torch.dtype, num_tokens: int, overlapped: bool = False
+    ) -> int:
+        """Multiprocessors of a call that is not told how many.
+
+        Args: op "dispatch" or "combine"; dtype of what travels (torch.float8_e4m3fn for FP8); overlapped: computation
+        runs at the same time.
+        """
+        return self._choose(op, layout, dtype.itemsize, num_tokens, overlapped)
+
+    def _choose(
+        self, op: str, layout: str, element_size: int, num_tokens: int, overlapped: bool = False
+    ) -> int:
+        available = getattr(self._impl, "available_sms", 1)
+        if self.num_sms is not None:
+            return min(self.num_sms, available)
+        if self._config is not None:
+            tuned = self._config.num_sms(
+                op=op,
+                layout=layout,
+                dtype=_DTYPE_OF_SIZE[element_size],
+                num_tokens=num_tokens,
+                hidden=self.hidden,
+                num_ranks=self.size,
+                overlapped=overlapped,
+            )
+            if tuned is not None:
+                return min(tuned, available)
+        work = sm_model.Work(
+            op, layout, element_size * self.hidden, num_tokens, self.num_topk, self.num_experts, self.size
+        )
+        return sm_model.choose_num_sms(work, available, overlapped)
 
     def barrier(self) -> None:
         """Return when every rank has called it. Raises PeerTimeoutError."""
@@ -158,7 +206,15 @@ def find(communicator_id: int) -> Communicator:
     return comm
 
 
-def _make_backend(name: str, group: object, timeout_s: float) -> Backend:
+def _load_config(config: Config | str | os.PathLike | None) -> Config | None:
+    if config is None:
+        config = env.config()
+    return config if config is None or isinstance(config, Config) else Config.load(config)
+
+
+def _make_backend(
+    name: str, group: object, timeout_s: float, shape: nvlink.Shape, choose_num_sms: nvlink.ChooseNumSms
+) -> Backend:
     if name not in BACKENDS:
         raise InvalidInput(f"backend is {name!r}; allowed are {', '.join(BACKENDS)}")
     asked = name if name != "auto" else env.backend()
@@ -171,7 +227,11 @@ def _make_backend(name: str, group: object, timeout_s: float) -> Backend:
             raise BackendUnavailable(
                 f"backend {asked!r} needs a torch.distributed group; group is a VirtualGroup"
             )
-        return VirtualBackend(group, group.next_channel(), timeout_s)
+        backend = VirtualBackend(group, group.next_channel(), timeout_s)
+        _check_shares(shape, backend.size)
+        if group.device.type == "cpu":
+            return backend
+        return _make_virtual_on_gpu(backend, group, timeout_s, shape, choose_num_sms)
     if asked == "virtual":
         raise BackendUnavailable(
             "backend 'virtual' needs group=VirtualGroup, as moe_ep.testing.run_ranks makes for its threads; "
@@ -184,15 +244,83 @@ def _make_backend(name: str, group: object, timeout_s: float) -> Backend:
             f"group is {type(group).__name__}; allowed are None, a torch.distributed ProcessGroup of which this "
             "process is a member, and a moe_ep.backends.virtual.VirtualGroup"
         )
-    backend = CollectiveBackend(group, _next_channel(group), timeout_s)
+    collective = CollectiveBackend(group, _next_channel(group), timeout_s)
+    _check_shares(shape, collective.size)
+    if asked == "collective" or (asked == "auto" and not collective.carries_cuda):
+        _log_choice(
+            collective, asked, "as asked" if asked == "collective" else "the group has no CUDA backend"
+        )
+        return collective
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else None
+    missing = windows.why_unavailable(collective, device)
+    if missing is not None and asked == "nvlink":
+        raise BackendUnavailable(f"backend 'nvlink' can't run here: {missing}")
+    if missing is not None:
+        _log_choice(collective, asked, f"not nvlink, since {missing}")
+        return collective
+    backend = _make_nvlink(
+        collective, group, device, timeout_s, shape, choose_num_sms, for_cpu=asked == "auto"
+    )
+    _log_choice(backend, asked, "every pair of ranks has peer access")
+    return backend
+
+
+def _make_nvlink(
+    members: CollectiveBackend,
+    group: dist.ProcessGroup | None,
+    device: torch.device,
+    timeout_s: float,
+    shape: nvlink.Shape,
+    choose_num_sms: nvlink.ChooseNumSms,
+    for_cpu: bool,
+) -> Backend:
+    kernels = _extension.load()
+    nvlink.check_limits(shape, members.size, kernels)
+    num_bytes = nvlink.window_bytes(shape, members.size, kernels)
+    memory, addresses = windows.symmetric(members, group, num_bytes, device, nvlink.WINDOW_FORMULA)
+    cpu = members if for_cpu else None
+    return nvlink.NvlinkBackend(
+        "nvlink", members, kernels, shape, device, memory, addresses, timeout_s, choose_num_sms, cpu
+    )
+
+
+def _make_virtual_on_gpu(
+    members: VirtualBackend,
+    group: VirtualGroup,
+    timeout_s: float,
+    shape: nvlink.Shape,
+    choose_num_sms: nvlink.ChooseNumSms,
+) -> Backend:
+    device = group.device
+    missing = windows.why_unavailable(members, device)
+    if missing is not None:
+        raise BackendUnavailable(f"virtual ranks can't run on {device}: {missing}")
+    kernels = _extension.load()
+    nvlink.check_limits(shape, members.size, kernels)
+    num_bytes = nvlink.window_bytes(shape, members.size, kernels)
+    memory, addresses = windows.shared(group, members.channel, num_bytes, device, nvlink.WINDOW_FORMULA)
+    return nvlink.NvlinkBackend(
+        "virtual", members, kernels, shape, device, memory, addresses, timeout_s, choose_num_sms
+    )
+
+
+def _check_shares(shape: nvlink.Shape, num_ranks: int) -> None:
+    if shape.num_experts % num_ranks:
+        raise InvalidInput(
+            f"num_experts is {shape.num_experts}, which {num_ranks} ranks can't share equally; "
+            f"use a multiple of {num_ranks}"
+        )
+
+
+def _log_choice(backend: CollectiveBackend | nvlink.NvlinkBackend, asked: str, why: str) -> None:
     _log.info(
-        "backend %r (asked for %r, the one for torch.distributed groups): %d ranks over %s",
+        "backend %r (asked for %r; %s): %d ranks over %s",
         backend.name,
         asked,
+        why,
         backend.size,
         backend.transport,
     )
-    return backend
 
 
 _channels: weakref.WeakKeyDictionary[dist.ProcessGroup, itertools.count] = weakref.WeakKeyDictionary()

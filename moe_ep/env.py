@@ -19,13 +19,24 @@ class Variable(NamedTuple):
 
 
 BACKEND = Variable(
-    "MOE_EP_BACKEND", "auto", "backend of communicators made with backend='auto': auto, collective or virtual"
+    "MOE_EP_BACKEND",
+    "auto",
+    "backend of communicators made with backend='auto': auto, collective, nvlink or virtual",
 )
 EXTENSION = Variable(
     "MOE_EP_EXTENSION", "1", "0: ignore the compiled modules and use plain torch for everything"
 )
 
-VARIABLES = [BACKEND, EXTENSION]
+CHECK = Variable(
+    "MOE_EP_CHECK",
+    "0",
+    "1: check expert ids on the host in every dispatch, also where that makes it wait for the GPU",
+)
+CONFIG = Variable(
+    "MOE_EP_CONFIG", "", "file that `moe-ep tune` wrote, for communicators made without config="
+)
+
+VARIABLES = [BACKEND, EXTENSION, CHECK, CONFIG]
 
 
 def _flag(variable: Variable) -> bool:
@@ -41,3 +52,11 @@ def backend() -> str:
 
 def extension() -> bool:
     return _flag(EXTENSION)
+
+
+def check() -> bool:
+    return _flag(CHECK)
+
+
+def config() -> str | None:
+    return CONFIG.current or None

@@ -39,6 +39,7 @@ def dispatch(
     fp8: str | None = None,
     max_recv_rows: int | None = None,
     handle: DispatchHandle | None = None,
+    num_sms: int | None = None,
 ) -> DispatchOutput:
     """Send every token to the ranks that hold its experts. Collective: all ranks of ``comm`` call it.
 
@@ -56,6 +57,7 @@ def dispatch(
         max_recv_rows: None: exactly as many rows as arrive, for which the host waits. A number: always that many
             rows, the tail zero; rows that don't fit are dropped and ``handle.raise_if_overflow()`` says so.
         handle: of an earlier dispatch on this communicator: the same routing again, without exchanging it.
+        num_sms: multiprocessors for this call's kernels and those of its backward; None: the communicator's.
 
     Returns: DispatchOutput. The gradient of x is the `combine` of the tokens' gradient; the gradient of
     ``topk_weights[t, k]`` is that of the one row weight made from it, 0 where there is none.
@@ -99,17 +101,17 @@ def dispatch(
                 max_recv_rows,
             )
             with torch.no_grad():
-                handle = DispatchHandle(comm.id, spec, ops.plan(topk_idx, comm.id, spec))
+                handle = DispatchHandle(comm.id, spec, ops.plan(topk_idx, comm.id, spec, num_sms))
         if isinstance(x, Fp8Tokens):
             carrier = x.carrier
             if carrier is None:
                 carrier = make_carrier(x.data.new_empty(0, dtype=torch.bfloat16), x.shape)
             data, scale_inv, carrier, weights = _DispatchFp8.apply(
-                x.data, x.scale_inv, carrier, topk_weights, handle
+                x.data, x.scale_inv, carrier, topk_weights, handle, num_sms
             )
             tokens = Fp8Tokens(data, scale_inv, carrier)
         else:
-            tokens, weights = _Dispatch.apply(x, topk_weights, handle, None)
+            tokens, weights = _Dispatch.apply(x, topk_weights, handle, None, num_sms)
     ids = handle.state[Routing.ROWS] if handle.layout == "rank" else None
     return DispatchOutput(tokens, weights, ids, handle)
 
@@ -120,6 +122,7 @@ def combine(
     *,
     bias: torch.Tensor | tuple[torch.Tensor, ...] | None = None,
     fp8_backward: str | None = None,
+    num_sms: int | None = None,
 ) -> torch.Tensor:
     """Bring rows back to the ranks of their tokens and add them up, unweighted. Collective.
 
@@ -128,6 +131,7 @@ def combine(
         handle: of that dispatch.
         bias: one or more ``[T, H]`` tensors of expert_rows' dtype, which the sums start from.
         fp8_backward: "blockwise": the gradient travels as FP8.
+        num_sms: multiprocessors for this call's kernels and those of its backward; None: the communicator's.
 
     Returns: ``[T, H]`` in expert_rows' dtype; zeros (or the bias) for a token without experts. Sums are taken in
     float32 (float64 for float64): inside a rank by ascending k and rounded to the dtype, then over ranks by the
@@ -143,7 +147,7 @@ def combine(
     biases = () if bias is None else (bias,) if isinstance(bias, torch.Tensor) else tuple(bias)
     check_biases(biases, expert_rows, handle.num_tokens)
     with named_range("moe_ep.combine"):
-        y, _ = _Combine.apply(expert_rows, None, handle, fp8_backward, *biases)
+        y, _ = _Combine.apply(expert_rows, None, handle, fp8_backward, num_sms, *biases)
     return y
 
 
@@ -156,8 +160,15 @@ def dispatch_async(
 ) -> tuple[DispatchOutput, Event]:
     """`dispatch` on the communicator's own stream; use the output after ``event.wait()``.
 
-    On a CPU the call has ended when it returns.
+    On a CPU the call has ended when it returns. It takes few multiprocessors, unless told otherwise with ``num_sms``.
     """
+    if options.get("num_sms") is None:
+        handle = options.get("handle")
+        layout = options.get("layout", "expert") if handle is None else handle.layout
+        quantised = isinstance(x, Fp8Tokens) or options.get("fp8") is not None
+        options["num_sms"] = _overlapped_num_sms(
+            "dispatch", comm, layout, torch.float8_e4m3fn if quantised else x.dtype, x.shape[0]
+        )
     with side_stream(comm, x.device) as stream:
         out = dispatch(x, topk_idx, topk_weights, comm, **options)
     inputs = [*_tensors(x), topk_idx, topk_weights]
@@ -167,17 +178,26 @@ def dispatch_async(
 
 def combine_async(expert_rows: torch.Tensor, handle: DispatchHandle, **options) -> tuple[torch.Tensor, Event]:
     """`combine` on the communicator's own stream; use the output after ``event.wait()``."""
-    with side_stream(find(handle.communicator_id), expert_rows.device) as stream:
+    comm = find(handle.communicator_id)
+    if options.get("num_sms") is None:
+        options["num_sms"] = _overlapped_num_sms(
+            "combine", comm, handle.layout, expert_rows.dtype, handle.num_tokens
+        )
+    with side_stream(comm, expert_rows.device) as stream:
         y = combine(expert_rows, handle, **options)
     return y, finish(stream, [expert_rows], [y])
+
+
+def _overlapped_num_sms(op: str, comm: Communicator, layout: str, dtype: torch.dtype, num_tokens: int) -> int:
+    return comm.choose_num_sms(op, layout=layout, dtype=dtype, num_tokens=num_tokens, overlapped=True)
 
 
 class _Dispatch(torch.autograd.Function):
     """x [T, H], weights [T, K] or None -> rows [N, H], row weights or None."""
 
     @staticmethod
-    def forward(ctx, x, weights, handle, wire_fp8):
-        ctx.handle = handle
+    def forward(ctx, x, weights, handle, wire_fp8, num_sms):
+        ctx.handle, ctx.num_sms = handle, num_sms
         ctx.set_materialize_grads(False)
         ctx.rows_dtype, ctx.hidden = x.dtype, x.shape[1]
         ctx.weights_dtype = weights.dtype if ctx.needs_input_grad[1] else None
@@ -186,7 +206,9 @@ class _Dispatch(torch.autograd.Function):
         else:
             tokens = quantize(x)
             parts = _fp8_parts(tokens.data, tokens.scale_inv)
-        rows, row_weights = ops.dispatch(parts, weights, handle.communicator_id, handle.spec, handle.state)
+        rows, row_weights = ops.dispatch(
+            parts, weights, handle.communicator_id, handle.spec, handle.state, num_sms
+        )
         if wire_fp8 is None:
             return rows[0], row_weights
         return Fp8Tokens(rows[0].view(torch.float8_e4m3fn), rows[1]).dequantize(x.dtype), row_weights
@@ -194,20 +216,22 @@ class _Dispatch(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_rows, grad_row_weights):
         with named_range("moe_ep.dispatch.backward"):
-            return *_transpose(ctx, grad_rows, grad_row_weights, ctx.weights_dtype), None, None
+            return *_transpose(ctx, grad_rows, grad_row_weights, ctx.weights_dtype), None, None, None
 
 
 class _DispatchFp8(torch.autograd.Function):
     """Quantised tokens; the gradient takes the carriers' way, which is _Dispatch's."""
 
     @staticmethod
-    def forward(ctx, data, scale_inv, carrier, weights, handle):
-        ctx.handle = handle
+    def forward(ctx, data, scale_inv, carrier, weights, handle, num_sms):
+        ctx.handle, ctx.num_sms = handle, num_sms
         ctx.set_materialize_grads(False)
         ctx.rows_dtype, ctx.hidden = carrier.dtype, data.shape[1]
         ctx.weights_dtype = weights.dtype if ctx.needs_input_grad[3] else None
         parts = _fp8_parts(data, scale_inv)
-        rows, row_weights = ops.dispatch(parts, weights, handle.communicator_id, handle.spec, handle.state)
+        rows, row_weights = ops.dispatch(
+            parts, weights, handle.communicator_id, handle.spec, handle.state, num_sms
+        )
         data, scale_inv = rows[0].view(torch.float8_e4m3fn), rows[1]
         ctx.mark_non_differentiable(data, scale_inv)
         return data, scale_inv, make_carrier(carrier, (handle.num_rows, data.shape[1])), row_weights
@@ -216,7 +240,7 @@ class _DispatchFp8(torch.autograd.Function):
     def backward(ctx, _grad_data, _grad_scale_inv, grad_rows, grad_row_weights):
         with named_range("moe_ep.dispatch.backward"):
             grad_x, grad_weights = _transpose(ctx, grad_rows, grad_row_weights, ctx.weights_dtype)
-        return None, None, grad_x, grad_weights, None
+        return None, None, grad_x, grad_weights, None, None
 
 
 def _fp8_parts(data: torch.Tensor, scale_inv: torch.Tensor) -> list[Part]:
@@ -237,21 +261,23 @@ def _transpose(ctx, grad_rows, grad_row_weights, weights_dtype):
         grad_row_weights = meta.new_zeros(meta.shape, dtype=weights_dtype)
     else:
         grad_row_weights = grad_row_weights.contiguous()
-    return _Combine.apply(grad_rows.contiguous(), grad_row_weights, ctx.handle, None)
+    return _Combine.apply(grad_rows.contiguous(), grad_row_weights, ctx.handle, None, ctx.num_sms)
 
 
 class _Combine(torch.autograd.Function):
     """rows [N, H], row weights or None -> sums [T, H], weights [T, K] or None."""
 
     @staticmethod
-    def forward(ctx, rows, row_weights, handle, wire_fp8, *biases):
-        ctx.handle = handle
+    def forward(ctx, rows, row_weights, handle, wire_fp8, num_sms, *biases):
+        ctx.handle, ctx.num_sms = handle, num_sms
         ctx.wire_fp8 = wire_fp8
         ctx.num_biases = len(biases)
         ctx.weights_dtype = row_weights.dtype if ctx.needs_input_grad[1] else None
         ctx.sums_dtype, ctx.hidden = rows.dtype, rows.shape[1]
         ctx.set_materialize_grads(False)
-        return ops.combine(rows, row_weights, biases, handle.communicator_id, handle.spec, handle.state)
+        return ops.combine(
+            rows, row_weights, biases, handle.communicator_id, handle.spec, handle.state, num_sms
+        )
 
     @staticmethod
     def backward(ctx, grad_y, grad_weights):
@@ -266,8 +292,8 @@ class _Combine(torch.autograd.Function):
         else:
             grad_weights = grad_weights.contiguous()
         with named_range("moe_ep.combine.backward"):
-            grads = _Dispatch.apply(grad_y.contiguous(), grad_weights, ctx.handle, ctx.wire_fp8)
-        return *grads, None, None, *[grad_y] * ctx.num_biases
+            grads = _Dispatch.apply(grad_y.contiguous(), grad_weights, ctx.handle, ctx.wire_fp8, ctx.num_sms)
+        return *grads, None, None, None, *[grad_y] * ctx.num_biases
 
 
 def _check_reuse(

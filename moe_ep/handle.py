@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from .backends.base import Routing, RoutingSpec
+from .communicator import find
 from .errors import ReceiveOverflowError
 from .fp8 import Fp8Tokens
 
@@ -63,6 +64,7 @@ class DispatchHandle:
         if limit is None:
             return
         needed = int(self.state[Routing.ROWS_NEEDED])
+        find(self.communicator_id)._impl.check_health()
         if needed > limit:
             raise ReceiveOverflowError(
                 f"this rank was sent {needed} rows, max_recv_rows has room for {limit}; rows past it were dropped. "

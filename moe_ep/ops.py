@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
+from . import env
 from .backends.base import Part, Routing, RoutingSpec
 from .communicator import find
 from .validate import check_ids
@@ -17,10 +18,12 @@ from .validate import check_ids
 SpecNumbers = tuple[int, str, int, int | None]
 
 
-def plan(topk_idx: torch.Tensor, communicator_id: int, spec: RoutingSpec) -> tuple[torch.Tensor, ...]:
+def plan(
+    topk_idx: torch.Tensor, communicator_id: int, spec: RoutingSpec, num_sms: int | None
+) -> tuple[torch.Tensor, ...]:
     """Exchange the routing; the state of a handle."""
     call = torch.ops.moe_ep.plan if torch.compiler.is_compiling() else _plan
-    return tuple(call(topk_idx, communicator_id, *_numbers(spec)))
+    return tuple(call(topk_idx, communicator_id, num_sms, *_numbers(spec)))
 
 
 def dispatch(
@@ -29,6 +32,7 @@ def dispatch(
     communicator_id: int,
     spec: RoutingSpec,
     state: Sequence[torch.Tensor],
+    num_sms: int | None,
 ) -> tuple[list[torch.Tensor], torch.Tensor | None]:
     if torch.compiler.is_compiling():
         out = torch.ops.moe_ep.dispatch(
@@ -37,10 +41,11 @@ def dispatch(
             weights,
             list(state),
             communicator_id,
+            num_sms,
             *_numbers(spec),
         )
         return out[: len(parts)], out[-1] if weights is not None else None
-    return find(communicator_id)._impl.dispatch(parts, weights, state, spec)
+    return find(communicator_id)._impl.dispatch(parts, weights, state, spec, num_sms)
 
 
 def combine(
@@ -50,13 +55,14 @@ def combine(
     communicator_id: int,
     spec: RoutingSpec,
     state: Sequence[torch.Tensor],
+    num_sms: int | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     if torch.compiler.is_compiling():
         y, topk_weights = torch.ops.moe_ep.combine(
-            rows, row_weights, list(biases), list(state), communicator_id, *_numbers(spec)
+            rows, row_weights, list(biases), list(state), communicator_id, num_sms, *_numbers(spec)
         )
         return y, topk_weights if row_weights is not None else None
-    return find(communicator_id)._impl.combine(rows, row_weights, biases, state, spec)
+    return find(communicator_id)._impl.combine(rows, row_weights, biases, state, spec, num_sms)
 
 
 def _numbers(spec: RoutingSpec) -> tuple[int, int, int, int, str, int, int | None]:
@@ -72,37 +78,39 @@ def _numbers(spec: RoutingSpec) -> tuple[int, int, int, int, str, int, int | Non
     )
 
 
-_SPEC = (
-    "int num_experts, int num_local_experts, int num_topk, int max_tokens_per_rank, str layout, "
-    "int expert_alignment, int? max_recv_rows"
+_CALL = (
+    "int communicator_id, int? num_sms, int num_experts, int num_local_experts, int num_topk, "
+    "int max_tokens_per_rank, str layout, int expert_alignment, int? max_recv_rows"
 )
 _library = torch.library.Library("moe_ep", "DEF")
-_library.define(f"plan(Tensor topk_idx, int communicator_id, {_SPEC}) -> Tensor[]")
+_library.define(f"plan(Tensor topk_idx, {_CALL}) -> Tensor[]")
 _library.define(
-    "dispatch(Tensor[] rows, float[] padding, Tensor? weights, Tensor[] state, "
-    f"int communicator_id, {_SPEC}) -> Tensor[]"
+    f"dispatch(Tensor[] rows, float[] padding, Tensor? weights, Tensor[] state, {_CALL}) -> Tensor[]"
 )
 _library.define(
-    "combine(Tensor rows, Tensor? row_weights, Tensor[] biases, Tensor[] state, "
-    f"int communicator_id, {_SPEC}) -> (Tensor, Tensor)"
+    f"combine(Tensor rows, Tensor? row_weights, Tensor[] biases, Tensor[] state, {_CALL}) -> (Tensor, Tensor)"
 )
 
 
-def _plan(topk_idx: torch.Tensor, communicator_id: int, *numbers) -> list[torch.Tensor]:
+def _plan(topk_idx: torch.Tensor, communicator_id: int, num_sms: int | None, *numbers) -> list[torch.Tensor]:
     spec = RoutingSpec(*numbers)
-    check_ids(topk_idx, spec.num_experts)  # planning waits for the device anyway
-    return find(communicator_id)._impl.plan(topk_idx, spec)
+    impl = find(communicator_id)._impl
+    if env.check() or not impl.checks_ids:
+        check_ids(topk_idx, spec.num_experts)  # waits for the device, as planning does
+    return impl.plan(topk_idx, spec, num_sms)
 
 
-def _dispatch_op(rows, padding, weights, state, communicator_id, *numbers):
+def _dispatch_op(rows, padding, weights, state, communicator_id, num_sms, *numbers):
     parts = [Part(r, p) for r, p in zip(rows, padding, strict=True)]
-    out, row_weights = find(communicator_id)._impl.dispatch(parts, weights, state, RoutingSpec(*numbers))
+    out, row_weights = find(communicator_id)._impl.dispatch(
+        parts, weights, state, RoutingSpec(*numbers), num_sms
+    )
     return [*out, rows[0].new_empty(0) if row_weights is None else row_weights]
 
 
-def _combine_op(rows, row_weights, biases, state, communicator_id, *numbers):
+def _combine_op(rows, row_weights, biases, state, communicator_id, num_sms, *numbers):
     y, topk_weights = find(communicator_id)._impl.combine(
-        rows, row_weights, biases, state, RoutingSpec(*numbers)
+        rows, row_weights, biases, state, RoutingSpec(*numbers), num_sms
     )
     return y, rows.new_empty(0) if topk_weights is None else topk_weights
 
@@ -113,7 +121,7 @@ _library.impl("combine", _combine_op, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("moe_ep::plan", lib=_library)
-def _plan_fake(topk_idx, communicator_id, *numbers):
+def _plan_fake(topk_idx, communicator_id, num_sms, *numbers):
     spec = RoutingSpec(*numbers)
     context = torch.library.get_ctx()
     per_expert = [topk_idx.new_empty(spec.num_local_experts, dtype=torch.int64) for _ in range(2)]
@@ -132,14 +140,14 @@ def _plan_fake(topk_idx, communicator_id, *numbers):
 
 
 @torch.library.register_fake("moe_ep::dispatch", lib=_library)
-def _dispatch_fake(rows, padding, weights, state, communicator_id, *numbers):
+def _dispatch_fake(rows, padding, weights, state, communicator_id, num_sms, *numbers):
     meta = state[Routing.ROWS]
     out = [r.new_empty(meta.shape[0], *r.shape[1:]) for r in rows]
     return [*out, rows[0].new_empty(0) if weights is None else weights.new_empty(meta.shape)]
 
 
 @torch.library.register_fake("moe_ep::combine", lib=_library)
-def _combine_fake(rows, row_weights, biases, state, communicator_id, *numbers):
+def _combine_fake(rows, row_weights, biases, state, communicator_id, num_sms, *numbers):
     num_tokens = state[Routing.TOKENS].shape[0]
     y = rows.new_empty(num_tokens, *rows.shape[1:])
     if row_weights is None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -13,6 +16,12 @@ from .communicator import Communicator
 from .errors import InvalidInput
 
 Result = TypeVar("Result")
+
+_log = logging.getLogger("moe_ep")
+_CUDA_SETTINGS = {
+    "CUDA_MODULE_LOADING": "EAGER",  # a kernel's first launch would wait for kernels that wait for it
+    "CUDA_DEVICE_MAX_CONNECTIONS": "32",  # streams that share a hardware queue take turns
+}
 
 
 def run_ranks(
@@ -25,7 +34,8 @@ def run_ranks(
     """Run ``fn(comm)`` as ``world_size`` ranks, threads of this process, and return the results by rank.
 
     ``communicator_arguments`` are those of `Communicator`. An exception in one rank ends the others' waiting and is
-    raised here, at once.
+    raised here, at once. With ``device="cuda"`` the ranks share a GPU: each thread has a stream of its own, and its
+    kernels a share of the multiprocessors.
 
     >>> def fn(comm):
     ...     x = torch.full((1, 4), float(comm.rank))
@@ -34,9 +44,13 @@ def run_ranks(
     >>> run_ranks(2, fn, hidden=4, max_tokens_per_rank=1, num_experts=2, num_topk=1)
     [tensor([[1., 1., 1., 1.]]), tensor([[0., 0., 0., 0.]])]
     """
-    if torch.device(device).type != "cpu":
-        raise InvalidInput(f"device is {device!r}; virtual ranks run on 'cpu'")
-    groups = VirtualGroup.create(world_size)
+    on = torch.device(device)
+    if on.type == "cuda":
+        _prepare_cuda(world_size)
+        on = torch.device("cuda", torch.cuda.current_device() if on.index is None else on.index)
+    elif on.type != "cpu":
+        raise InvalidInput(f"device is {device!r}; virtual ranks run on 'cpu' or 'cuda'")
+    groups = VirtualGroup.create(world_size, on)
     office = groups[0].post_office
     results: list[Any] = [None] * world_size
     errors: list[BaseException] = []
@@ -45,7 +59,11 @@ def run_ranks(
 
     def run(group: VirtualGroup) -> None:
         try:
-            with torch.set_grad_enabled(grad_mode), Communicator(group, **communicator_arguments) as comm:
+            with (
+                _own_stream(on),
+                torch.set_grad_enabled(grad_mode),
+                Communicator(group, **communicator_arguments) as comm,
+            ):
                 results[group.rank] = fn(comm)
         except GroupFailed:
             pass  # the rank that failed reports
@@ -65,3 +83,21 @@ def run_ranks(
     if errors:
         raise errors[0]
     return results
+
+
+def _prepare_cuda(world_size: int) -> None:
+    """Kernels of all ranks must run at the same time, which CUDA has to be told before it starts."""
+    if world_size == 1:
+        return
+    if not torch.cuda.is_initialized():
+        for name, value in _CUDA_SETTINGS.items():
+            os.environ.setdefault(name, value)
+    elif missing := [name for name, value in _CUDA_SETTINGS.items() if os.environ.get(name) != value]:
+        settings = " ".join(f"{name}={_CUDA_SETTINGS[name]}" for name in missing)
+        _log.warning(
+            "CUDA has begun without %s: virtual ranks on it may wait for each other for ever", settings
+        )
+
+
+def _own_stream(device: torch.device) -> AbstractContextManager:
+    return torch.cuda.stream(torch.cuda.Stream(device)) if device.type == "cuda" else nullcontext()

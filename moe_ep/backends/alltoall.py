@@ -136,7 +136,9 @@ class AllToAllBackend(Backend):
         names = AllToAllState.__dataclass_fields__
         return [torch.device("cpu") if name in _ON_HOST else device for name in names]
 
-    def plan(self, topk_idx: torch.Tensor, spec: RoutingSpec) -> list[torch.Tensor]:
+    def plan(
+        self, topk_idx: torch.Tensor, spec: RoutingSpec, num_sms: int | None = None
+    ) -> list[torch.Tensor]:
         sends = plan_sends(topk_idx.long(), spec)
         capacity = spec.max_tokens_per_rank * spec.num_topk
         if capacity * sends.codes.element_size() <= ONE_MESSAGE_BYTES:
@@ -213,6 +215,7 @@ class AllToAllBackend(Backend):
         weights: torch.Tensor | None,
         state: Sequence[torch.Tensor],
         spec: RoutingSpec,
+        num_sms: int | None = None,
     ) -> tuple[list[torch.Tensor], torch.Tensor | None]:
         s = AllToAllState(*state)
         sizes = Sizes.unpack(s.host_sizes, self.size, spec.num_topk, spec.layout)
@@ -274,6 +277,7 @@ class AllToAllBackend(Backend):
         biases: Sequence[torch.Tensor],
         state: Sequence[torch.Tensor],
         spec: RoutingSpec,
+        num_sms: int | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         s = AllToAllState(*state)
         sizes = Sizes.unpack(s.host_sizes, self.size, spec.num_topk, spec.layout)

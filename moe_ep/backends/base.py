@@ -41,21 +41,29 @@ class Routing:
 
     TOKENS_PER_EXPERT = 0  # [L] int64
     PADDED_TOKENS_PER_EXPERT = 1  # [L] int64
-    ROWS = 2  # rank layout: local expert ids [N, K] int64; expert layout: the arrival of each row [N] int64, -1 padding
+    ROWS = 2  # rank layout: local expert ids [N, K] int64; expert layout: [N] int64, whose values are the backend's own
     ROWS_NEEDED = 3  # [1] int64: rows of the exact result
     SPLITS = 4  # on the host, int64: rows of each local expert in the output [L], or [0] where only the device knows
     TOKENS = 5  # [T, 0] int64: no numbers, but T as a shape, where torch.compile can follow it
 
 
 class Backend(ABC):
-    """Moves rows between the ranks of one communicator. Every method is called by all ranks in the same order."""
+    """Moves rows between the ranks of one communicator. Every method is called by all ranks in the same order.
+
+    ``num_sms``: multiprocessors for the kernels of a call; None: as the communicator has it. It may differ between
+    ranks and calls, and backends without kernels ignore it.
+    """
 
     name: str
     rank: int
     size: int
+    checks_ids = False
+    """Whether `plan` finds bad expert ids itself; otherwise they must have been checked before."""
 
     @abstractmethod
-    def plan(self, topk_idx: torch.Tensor, spec: RoutingSpec) -> list[torch.Tensor]:
+    def plan(
+        self, topk_idx: torch.Tensor, spec: RoutingSpec, num_sms: int | None = None
+    ) -> list[torch.Tensor]:
         """Exchange the routing ``topk_idx [T, K]`` and return the routing state (see `Routing`)."""
 
     @abstractmethod
@@ -65,6 +73,7 @@ class Backend(ABC):
         weights: torch.Tensor | None,
         state: Sequence[torch.Tensor],
         spec: RoutingSpec,
+        num_sms: int | None = None,
     ) -> tuple[list[torch.Tensor], torch.Tensor | None]:
         """Rows of every part, and of ``weights [T, K]`` the weights ``[N]`` or ``[N, K]``."""
 
@@ -76,6 +85,7 @@ class Backend(ABC):
         biases: Sequence[torch.Tensor],
         state: Sequence[torch.Tensor],
         spec: RoutingSpec,
+        num_sms: int | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The transpose of dispatch: sums ``[T, H]``, and of the row weights ``[T, K]``."""
 
@@ -86,6 +96,9 @@ class Backend(ABC):
     @abstractmethod
     def all_gather(self, values: torch.Tensor) -> torch.Tensor:
         """``[R, n]`` from every rank's int64 CPU tensor ``values [n]``; also a barrier."""
+
+    def check_health(self) -> None:
+        """Raise what has gone wrong since in calls that did not wait for the device."""
 
     def close(self) -> None:
         """Free what the backend holds. Not collective, safe to call twice."""

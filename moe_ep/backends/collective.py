@@ -39,6 +39,7 @@ class CollectiveBackend(AllToAllBackend):
         # Like "cpu:gloo,cuda:nccl".
         config = dist.get_backend_config(group) if group is not None else "cpu:nothing"
         on_cpu = "cpu:" in config
+        self.carries_cuda = "nccl" in config or (group is None and torch.cuda.is_available())
         self.transport = " and ".join(sorted({part.split(":")[-1] for part in config.split(",")}))
         self.device = torch.device("cpu") if on_cpu else torch.device("cuda", torch.cuda.current_device())
         self._global_ranks = dist.get_process_group_ranks(group) if group is not None else [0]

@@ -5,20 +5,25 @@ from __future__ import annotations
 import itertools
 import threading
 import time
+import weakref
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
 import torch
 
 from ..errors import PeerTimeoutError
 from .alltoall import AllToAllBackend, Message
 
+Shared = TypeVar("Shared")
+
 
 class VirtualGroup:
     """One rank's membership in a group of threads; made for all ranks at once by `create`."""
 
-    def __init__(self, rank: int, post_office: PostOffice) -> None:
+    def __init__(self, rank: int, post_office: PostOffice, device: torch.device) -> None:
         self.rank = rank
+        self.device = device
         self.size = post_office.size
         self.post_office = post_office
         self._channels = itertools.count()
@@ -27,10 +32,14 @@ class VirtualGroup:
         """A number for the messages of one communicator; equal on all ranks, which make them in the same order."""
         return next(self._channels)
 
+    def share(self, key: object, make: Callable[[], Shared]) -> Shared:
+        """What ``make`` gave the first rank that came with this key."""
+        return self.post_office.share(key, make)
+
     @staticmethod
-    def create(world_size: int) -> list[VirtualGroup]:
+    def create(world_size: int, device: torch.device | str = "cpu") -> list[VirtualGroup]:
         post_office = PostOffice(world_size)
-        return [VirtualGroup(rank, post_office) for rank in range(world_size)]
+        return [VirtualGroup(rank, post_office, torch.device(device)) for rank in range(world_size)]
 
 
 class PostOffice:
@@ -41,6 +50,17 @@ class PostOffice:
         self._changed = threading.Condition()
         self._boxes: dict[tuple[int, int, int], deque[_Parcel]] = {}
         self._failure: BaseException | None = None
+        # Kept alive by those who use it: the last rank to drop it frees it.
+        self._shared: weakref.WeakValueDictionary[object, Any] = weakref.WeakValueDictionary()
+
+    def share(self, key: object, make: Callable[[], Shared]) -> Shared:
+        with self._changed:
+            shared = self._shared.get(key)
+            if shared is None:
+                shared = make()
+                if shared is not None:
+                    self._shared[key] = shared
+            return shared
 
     def fail(self, error: BaseException) -> None:
         """Wake every rank that waits; it raises `GroupFailed`. The first failure stands."""
@@ -137,6 +157,9 @@ class VirtualBackend(AllToAllBackend):
         self.rank, self.size = group.rank, group.size
         self.channel = channel
         self.timeout_s = timeout_s
+
+    def give_up(self, suspects: set[int], phase: str, cause: str) -> PeerTimeoutError:
+        return PeerTimeoutError(suspects, phase, cause)
 
     def start(self, sends: Iterable[Message], receives: list[Message], phase: str) -> _Transfer:
         office = self.group.post_office

@@ -142,7 +142,7 @@ def test_the_operators_keep_their_contract_with_torch(layout, max_recv_rows):
             inputs.x, inputs.topk_idx, inputs.topk_weights, comm, **case.dispatch_arguments
         ).handle
         state, num_rows = list(handle.state), handle.num_rows
-        spec = (comm.id, 8, 8, 3, comm.max_tokens_per_rank, layout, 1, max_recv_rows)
+        spec = (comm.id, None, 8, 8, 3, comm.max_tokens_per_rank, layout, 1, max_recv_rows)
         rows, row_weights = (
             torch.randn(num_rows, case.hidden),
             torch.randn(num_rows, *([3] if layout == "rank" else [])),

@@ -1,0 +1,194 @@
+// moe_ep._C.nvlink
+#include <cuda_runtime_api.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <memory>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "common/python.h"
+#include "nvlink/combine.h"
+#include "nvlink/dispatch.h"
+#include "nvlink/group.h"
+#include "nvlink/plan.h"
+#include "nvlink/plan_tables.h"
+
+namespace py = pybind11;
+
+namespace moe_ep::nvlink {
+namespace {
+
+// A group on its device. Launches leave the thread's current device as it was.
+class Communicator {
+ public:
+  Communicator(int device, const Group& group) : device_(device), group_(group) {}
+
+  const Group& group() const { return group_; }
+
+  template <typename Launch>
+  void launch(Launch&& operation) const {
+    int current = device_;
+    cudaGetDevice(&current);
+    if (current != device_) cudaSetDevice(device_);
+    const Status status = operation(group_);
+    if (current != device_) cudaSetDevice(current);
+    raise_unless_ok(status);
+  }
+
+ private:
+  int device_;
+  Group group_;
+};
+
+Communicator make(int device, int rank, int size, int max_tokens, int num_topk, int num_experts,
+                  int64_t ring_bytes, double timeout_s, const std::vector<Address>& windows,
+                  Address workspace, Address host) {
+  Group group{};
+  group.rank = rank;
+  group.size = size;
+  group.max_tokens = max_tokens;
+  group.num_topk = num_topk;
+  group.num_experts = num_experts;
+  group.num_local = num_experts / size;
+  group.ring_bytes = ring_bytes;
+  group.timeout_ns = static_cast<uint64_t>(timeout_s * 1e9);
+  group.at = window_layout(size, max_tokens, num_topk, ring_bytes);
+  group.workspace = pointer<Workspace>(workspace);
+  group.host = pointer<HostRecord>(host);
+  for (int rank = 0; rank < size; ++rank) group.windows[rank] = pointer<char>(windows.at(rank));
+  return Communicator(device, group);
+}
+
+using Failure = std::tuple<int64_t, int64_t, int64_t, int64_t>;
+
+std::optional<Failure> failure(const Communicator& self) {
+  const HostRecord* host = self.group().host;
+  if (!host->failed) return std::nullopt;
+  return Failure{host->phase, host->peer, host->expected, host->seen};
+}
+
+std::vector<int> bad_ranks(const Communicator& self) {
+  std::vector<int> ranks;
+  for (int rank = 0; rank < self.group().size; ++rank) {
+    if (self.group().host->bad_ranks[rank / 64] >> rank % 64 & 1) ranks.push_back(rank);
+  }
+  return ranks;
+}
+
+std::vector<int64_t> tokens_per_expert(const Communicator& self) {
+  const volatile int64_t* counts = self.group().host->tokens_per_expert;
+  return std::vector<int64_t>(counts, counts + self.group().num_local);
+}
+
+}  // namespace
+
+void bind(py::module_& module) {
+  module.attr("MAX_RANKS") = kMaxRanks;
+  module.attr("MAX_TOPK") = kMaxTopk;
+  module.attr("MAX_EXPERTS") = kMaxExperts;
+  module.attr("MAX_ROWS") = PlanTables::kIndex - 1;
+  module.attr("CHUNK") = kChunk;
+  module.attr("HOST_BYTES") = sizeof(HostRecord);
+  module.def(
+      "window_bytes",
+      [](int size, int max_tokens, int num_topk, int64_t ring_bytes) {
+        return window_layout(size, max_tokens, num_topk, ring_bytes).bytes;
+      },
+      py::arg("size"), py::arg("max_tokens"), py::arg("num_topk"), py::arg("ring_bytes"));
+  module.def("workspace_bytes", &workspace_bytes, py::arg("size"), py::arg("max_tokens"),
+             py::arg("num_experts"));
+
+  py::class_<Communicator>(
+      module, "Communicator",
+      "Launches on its device and the given stream. Addresses and sizes are those of tensors; the "
+      "structs of csrc/nvlink say what they hold.")
+      .def(py::init(&make), py::arg("device"), py::arg("rank"), py::arg("size"), py::arg("max_tokens"),
+           py::arg("num_topk"), py::arg("num_experts"), py::arg("ring_bytes"), py::arg("timeout_s"),
+           py::arg("windows"), py::arg("workspace"), py::arg("host"))
+      .def("table_words", [](const Communicator& self,
+                             int num_tokens) { return PlanTables::words(self.group(), num_tokens); })
+      .def_property_readonly("failed",
+                             [](const Communicator& self) { return self.group().host->failed != 0; })
+      .def("failure", &failure, "(phase, peer, expected, seen) of the first wait that timed out, or None.")
+      .def_property_readonly("bad_ids",
+                             [](const Communicator& self) { return self.group().host->bad_ids != 0; })
+      .def("forget_bad_ids", [](const Communicator& self) { self.group().host->bad_ids = 0; })
+      .def("rows_needed",
+           [](const Communicator& self) { return static_cast<int64_t>(self.group().host->rows_needed); })
+      .def("bad_ranks", &bad_ranks)
+      .def("tokens_per_expert", &tokens_per_expert)
+      .def(
+          "wait_for_plan",
+          [](const Communicator& self, int64_t ticket, double timeout_s) {
+            py::gil_scoped_release release;
+            return wait_for_plan(self.group().host, ticket, timeout_s);
+          },
+          "Whether the plan with this ticket has reported, before a failure and within timeout_s.")
+      .def("plan",
+           [](const Communicator& self, Address topk_idx, bool is_int64, int num_tokens, bool expert_layout,
+              int alignment, int64_t max_rows, bool fixed_rows, Address tables, Address tokens_per_expert,
+              Address padded_tokens_per_expert, Address rows_needed, Address ids, int64_t ticket,
+              int num_blocks, Address stream) {
+             const Plan plan{pointer<void>(topk_idx),
+                             is_int64,
+                             num_tokens,
+                             expert_layout,
+                             alignment,
+                             max_rows,
+                             fixed_rows,
+                             pointer<int>(tables),
+                             pointer<int64_t>(tokens_per_expert),
+                             pointer<int64_t>(padded_tokens_per_expert),
+                             pointer<int64_t>(rows_needed),
+                             pointer<int64_t>(ids),
+                             ticket,
+                             num_blocks,
+                             pointer<CUstream_st>(stream)};
+             self.launch([&](const Group& group) { return launch_plan(group, plan); });
+           })
+      .def("dispatch",
+           [](const Communicator& self, Address rows, int64_t row_bytes, Address scales, int scale_words,
+              float scale_padding, Address weights, Address tables, Address out_rows, Address out_scales,
+              Address out_weights, int64_t num_rows, bool expert_layout, bool has_padding, int num_blocks,
+              Address stream) {
+             const Dispatch dispatch{pointer<char>(rows),
+                                     row_bytes,
+                                     pointer<float>(scales),
+                                     scale_words,
+                                     scale_padding,
+                                     pointer<float>(weights),
+                                     pointer<int>(tables),
+                                     pointer<char>(out_rows),
+                                     pointer<float>(out_scales),
+                                     pointer<float>(out_weights),
+                                     num_rows,
+                                     expert_layout,
+                                     has_padding,
+                                     num_blocks,
+                                     pointer<CUstream_st>(stream)};
+             self.launch([&](const Group& group) { return launch_dispatch(group, dispatch); });
+           })
+      .def("combine",
+           [](const Communicator& self, Address rows, DType dtype, int64_t row_bytes, Address row_weights,
+              Address bias_0, Address bias_1, Address tables, int num_tokens, Address out,
+              Address out_weights, int64_t num_rows, bool expert_layout, int num_blocks, Address stream) {
+             const Combine combine{pointer<char>(rows),
+                                   dtype,
+                                   row_bytes,
+                                   pointer<float>(row_weights),
+                                   {pointer<char>(bias_0), pointer<char>(bias_1)},
+                                   pointer<int>(tables),
+                                   num_tokens,
+                                   pointer<char>(out),
+                                   pointer<float>(out_weights),
+                                   num_rows,
+                                   expert_layout,
+                                   num_blocks,
+                                   pointer<CUstream_st>(stream)};
+             self.launch([&](const Group& group) { return launch_combine(group, combine); });
+           });
+}
+
+}  // namespace moe_ep::nvlink

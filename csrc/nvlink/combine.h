@@ -1,0 +1,29 @@
+#pragma once
+
+#include "common/dtype.h"
+#include "nvlink/group.h"
+
+namespace moe_ep::nvlink {
+
+constexpr int kMaxBiases = 2;
+
+// Brings rows back to the ranks of their tokens and adds them up: the transpose of Dispatch.
+struct Combine {
+  const char* rows;  // [N, width] of dtype, 16-byte aligned
+  DType dtype;
+  int64_t row_bytes;               // a multiple of 16
+  const float* row_weights;        // [N], in the rank layout [N, K]; or null
+  const char* biases[kMaxBiases];  // [T, width] of dtype, or null
+  const int* tables;               // PlanTables
+  int num_tokens;                  // T
+  char* out;                       // [T, width] of dtype
+  float* out_weights;              // [T, K]
+  int64_t num_rows;                // N
+  bool expert_layout;
+  int num_blocks;
+  cudaStream_t stream;
+};
+
+Status launch_combine(const Group& group, const Combine& combine);
+
+}  // namespace moe_ep::nvlink

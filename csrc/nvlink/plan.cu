@@ -1,0 +1,408 @@
+#include "nvlink/plan.h"
+
+#include "nvlink/plan_tables.h"
+#include "nvlink/sync.cuh"
+
+namespace moe_ep::nvlink {
+namespace {
+
+constexpr int kThreads = 512;
+constexpr int kWords = kTokensPerBlock / 32;  // of a bit mask over a block of tokens
+
+// One bit for each token of a block.
+struct TokenMask {
+  unsigned int words[kWords];
+
+  __device__ int count() const {
+    int sum = 0;
+    for (int i = 0; i < kWords; ++i) sum += __popc(words[i]);
+    return sum;
+  }
+
+  __device__ int count_before(int token) const {
+    int sum = 0;
+    for (int i = 0; i < token / 32; ++i) sum += __popc(words[i]);
+    return sum + __popc(words[token / 32] & ((1u << token % 32) - 1));
+  }
+};
+
+// The dynamic shared memory of a block. A column is a local expert, the arrivals, or a rank (see
+// count_columns).
+struct Shared {
+  TokenMask* masks;  // [columns]
+  int* before;       // [columns] counts of earlier blocks of tokens
+  int* total;        // [columns]
+  int* begin;        // [L + 1] first row of each expert
+  int* sources;      // [R + 1] arrivals of each rank, then of all ranks before
+  int16_t* ids;      // [kTokensPerBlock][K]
+
+  __host__ __device__ Shared(char* base, int size, int num_local) {
+    const int columns = count_columns(size, num_local);
+    masks = reinterpret_cast<TokenMask*>(base);
+    before = reinterpret_cast<int*>(masks + columns);
+    total = before + columns;
+    begin = total + columns;
+    sources = begin + num_local + 1;
+    ids = reinterpret_cast<int16_t*>(sources + size + 1);
+  }
+
+  static size_t bytes(int size, int num_local, int num_topk) {
+    char* const base = nullptr;
+    const Shared end(base, size, num_local);
+    return reinterpret_cast<char*>(end.ids + kTokensPerBlock * num_topk) - base;
+  }
+};
+
+struct Header {
+  int num_tokens;
+  int bad;
+};
+
+__device__ __forceinline__ Header* header_of(const Group& group, int at_rank, int of) {
+  return reinterpret_cast<Header*>(group.windows[at_rank] + group.at.headers) + of;
+}
+
+__device__ __forceinline__ const int16_t* routing_of(const Group& group, int source) {
+  return reinterpret_cast<const int16_t*>(group.windows[group.rank] + group.at.routing +
+                                          source * group.at.routing_bytes);
+}
+
+__device__ __forceinline__ uint64_t* signal(const Group& group, int at_rank, int64_t where, int of) {
+  return reinterpret_cast<uint64_t*>(group.windows[at_rank] + where) + of;
+}
+
+__device__ __forceinline__ int64_t load_id(const Plan& plan, int64_t at) {
+  return plan.is_int64 ? static_cast<const int64_t*>(plan.topk_idx)[at]
+                       : static_cast<const int*>(plan.topk_idx)[at];
+}
+
+// The id as it is sent: -1 for what is not an expert, and for what an earlier k names already.
+__device__ int16_t checked_id(const Group& group, const Plan& plan, int64_t at, bool& bad) {
+  const int64_t id = load_id(plan, at);
+  if (id < 0 || id >= group.num_experts) {
+    bad |= id != -1;
+    return -1;
+  }
+  for (int64_t k = at / group.num_topk * group.num_topk; k < at; ++k) {
+    if (load_id(plan, k) == id) {
+      bad = true;
+      return -1;
+    }
+  }
+  return static_cast<int16_t>(id);
+}
+
+// Writes this rank's routing into every window.
+__device__ bool send_routing(const Group& group, const Plan& plan, uint64_t number) {
+  __shared__ unsigned int bad_ids;
+  bool ready = true;
+  if (threadIdx.x == 0) bad_ids = 0;
+  if (threadIdx.x < group.size) {
+    const int peer = threadIdx.x;
+    ready = wait_for(signal(group, group.rank, group.at.routing_drained, peer), number, group,
+                     Phase::send_routing, peer);
+  }
+  if (!__syncthreads_and(ready)) return false;
+
+  constexpr int kIds = 8;  // 16 bytes
+  const int64_t count = static_cast<int64_t>(plan.num_tokens) * group.num_topk;
+  const int64_t pieces = (count + kIds - 1) / kIds;
+  bool bad = false;
+  for (int64_t piece = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; piece < pieces;
+       piece += static_cast<int64_t>(gridDim.x) * kThreads) {
+    union {
+      int16_t ids[kIds];
+      uint4 word;
+    };
+#pragma unroll
+    for (int i = 0; i < kIds; ++i) {
+      const int64_t at = piece * kIds + i;
+      ids[i] = at < count ? checked_id(group, plan, at, bad) : static_cast<int16_t>(-1);
+    }
+    for (int i = 0; i < group.size; ++i) {
+      const int peer = (group.rank + i) % group.size;
+      char* to = group.windows[peer] + group.at.routing + group.rank * group.at.routing_bytes;
+      reinterpret_cast<uint4*>(to)[piece] = word;
+    }
+  }
+  if (bad) atomicOr(&bad_ids, 1u);
+  __syncthreads();
+  if (threadIdx.x == 0 && bad_ids) atomicOr(&group.workspace->bad_ids, 1u);
+  if (is_last_block(&group.workspace->blocks_sent) && threadIdx.x < group.size) {
+    const int peer = threadIdx.x;
+    *header_of(group, peer, group.rank) = {plan.num_tokens,
+                                           static_cast<int>(load_volatile(&group.workspace->bad_ids))};
+    store_release(signal(group, peer, group.at.routing_arrived, group.rank), number + 1);
+  }
+  return true;
+}
+
+// Sets the masks of the block of tokens that begins at `first` of rank `source`, and keeps its ids.
+__device__ void read_block(const Group& group, const Shared& shared, int source, int first) {
+  const int columns = count_columns(group.size, group.num_local);
+  const int num_tokens = __ldcg(&header_of(group, group.rank, source)->num_tokens);
+  const int entries = max(0, min(kTokensPerBlock, num_tokens - first)) * group.num_topk;
+  __syncthreads();
+  for (int i = threadIdx.x; i < columns * kWords; i += kThreads)
+    shared.masks[i / kWords].words[i % kWords] = 0;
+  __syncthreads();
+  const int16_t* ids = routing_of(group, source) + static_cast<int64_t>(first) * group.num_topk;
+  for (int i = threadIdx.x; i < kTokensPerBlock * group.num_topk; i += kThreads) {
+    const int id = i < entries ? __ldcg(ids + i) : -1;
+    shared.ids[i] = static_cast<int16_t>(id);
+    if (id < 0) continue;
+    const int token = i / group.num_topk;
+    const unsigned int bit = 1u << token % 32;
+    const int rank = id / group.num_local;
+    if (rank == group.rank) {
+      atomicOr(&shared.masks[id - rank * group.num_local].words[token / 32], bit);
+      atomicOr(&shared.masks[group.num_local].words[token / 32], bit);
+    }
+    if (source == group.rank) atomicOr(&shared.masks[group.num_local + 1 + rank].words[token / 32], bit);
+  }
+  __syncthreads();
+}
+
+// An exclusive prefix sum by one warp: sums[i] = the values before i; sums[count] = all of them.
+template <typename Value>
+__device__ void prefix_sum(int* sums, int count, Value&& value) {
+  const int lane = threadIdx.x % 32;
+  int carry = 0;
+  for (int base = 0; base < count; base += 32) {
+    const int own = base + lane < count ? value(base + lane) : 0;
+    int sum = own;
+#pragma unroll
+    for (int distance = 1; distance < 32; distance *= 2) {
+      const int lower = __shfl_up_sync(0xFFFFFFFFu, sum, distance);
+      if (lane >= distance) sum += lower;
+    }
+    __syncwarp();
+    if (base + lane < count) sums[base + lane] = carry + sum - own;
+    carry += __shfl_sync(0xFFFFFFFFu, sum, 31);
+  }
+  if (lane == 0) sums[count] = carry;
+}
+
+// Adds up the counts of all blocks of tokens, and of those before `first_row`.
+__device__ void add_counts(const Group& group, const Plan& plan, const Shared& shared, const int* counts,
+                           int first_row) {
+  const int columns = count_columns(group.size, group.num_local), per_rank = token_blocks(group.max_tokens);
+  const int arrivals = group.num_local;
+  for (int i = threadIdx.x; i < columns; i += kThreads) shared.before[i] = shared.total[i] = 0;
+  for (int i = threadIdx.x; i <= group.size; i += kThreads) shared.sources[i] = 0;
+  __syncthreads();
+  const int stride = (columns + 31) / 32 * 32;
+  const int parts = max(1, kThreads / stride);
+  const int part = threadIdx.x / stride;
+  const int rows = group.size * per_rank;
+  for (int column = threadIdx.x % stride; column < columns && part < parts; column += kThreads) {
+    int total = 0, before = 0;
+#pragma unroll 8
+    for (int row = part; row < rows; row += parts) {
+      const int count = __ldcg(counts + static_cast<int64_t>(row) * columns + column);
+      const bool same_source = row / per_rank == first_row / per_rank;
+      total += count;
+      before += row < first_row && (column != arrivals || same_source) ? count : 0;
+      if (column == arrivals && count) atomicAdd(&shared.sources[row / per_rank], count);
+    }
+    atomicAdd(&shared.total[column], total);
+    atomicAdd(&shared.before[column], before);
+  }
+  __syncthreads();
+  if (threadIdx.x < 32) {
+    prefix_sum(shared.begin, group.num_local, [&](int expert) {
+      return (shared.total[expert] + plan.alignment - 1) / plan.alignment * plan.alignment;
+    });
+  } else if (threadIdx.x < 64) {
+    prefix_sum(shared.sources, group.size, [&](int source) { return shared.sources[source]; });
+  }
+  __syncthreads();
+}
+
+// Numbers the rows of the tokens whose masks are set.
+__device__ void number_rows(const Group& group, const Plan& plan, const PlanTables& tables,
+                            const Shared& shared, int source, int first) {
+  const int arrivals = group.num_local, num_topk = group.num_topk;
+  for (int i = threadIdx.x; i < kTokensPerBlock * num_topk; i += kThreads) {
+    const int in_block = i / num_topk, k = i % num_topk;
+    const int16_t* ids = shared.ids + in_block * num_topk;
+    const int id = ids[k];
+    const int rank = id < 0 ? -1 : id / group.num_local;
+    const int arrival = shared.before[arrivals] + shared.masks[arrivals].count_before(in_block);
+    const bool arrives = shared.masks[arrivals].words[in_block / 32] >> in_block % 32 & 1;
+    int row = -1;  // of (token, k)
+    if (arrives) {
+      const int expert = rank == group.rank ? id - rank * group.num_local : -1;
+      const int64_t arrival_row = shared.sources[source] + arrival;
+      if (expert >= 0) {
+        row = plan.expert_layout
+                  ? shared.begin[expert] + shared.before[expert] + shared.masks[expert].count_before(in_block)
+                  : static_cast<int>(arrival_row);
+        if (row >= plan.max_rows) row = -1;
+      }
+      tables.arrival_rows[(static_cast<int64_t>(source) * group.max_tokens + arrival) * num_topk + k] = row;
+      if (!plan.expert_layout && arrival_row < plan.max_rows) plan.ids[arrival_row * num_topk + k] = expert;
+    }
+    const int token = first + in_block;
+    if (source != group.rank || token >= plan.num_tokens) continue;
+    int entry = PlanTables::kNone;
+    if (rank >= 0) {
+      const int column = group.num_local + 1 + rank;
+      const int place = shared.before[column] + shared.masks[column].count_before(in_block);
+      bool is_first = true, is_last = true;
+      for (int other = 0; other < num_topk; ++other) {
+        if (ids[other] < 0 || ids[other] / group.num_local != rank) continue;
+        is_first &= other >= k;
+        is_last &= other <= k;
+      }
+      const int64_t pair = static_cast<int64_t>(rank) * group.max_tokens + place;
+      if (is_first) tables.send_tokens[pair] = token;
+      if (rank != group.rank) {
+        entry = PlanTables::kRemote | static_cast<int>(pair);
+      } else {
+        entry = row < 0 ? PlanTables::kDropped : row;
+      }
+      if (is_last) entry |= PlanTables::kLast;
+    }
+    tables.entries[static_cast<int64_t>(token) * num_topk + k] = entry;
+  }
+}
+
+__device__ void write_sums(const Group& group, const Plan& plan, const PlanTables& tables,
+                           const Shared& shared) {
+  for (int i = threadIdx.x; i < group.num_local; i += kThreads) {
+    tables.expert_count[i] = shared.total[i];
+    plan.tokens_per_expert[i] = shared.total[i];
+    plan.padded_tokens_per_expert[i] =
+        plan.expert_layout ? shared.begin[i + 1] - shared.begin[i] : shared.total[i];
+  }
+  for (int i = threadIdx.x; i <= group.num_local; i += kThreads) tables.expert_begin[i] = shared.begin[i];
+  for (int i = threadIdx.x; i <= group.size; i += kThreads) {
+    tables.recv_start[i] = shared.sources[i];
+    if (i == group.size) break;
+    tables.recv_count[i] = shared.sources[i + 1] - shared.sources[i];
+    tables.send_count[i] = shared.total[group.num_local + 1 + i];
+  }
+  if (threadIdx.x == 0) {
+    *plan.rows_needed = plan.expert_layout ? shared.begin[group.num_local] : shared.sources[group.size];
+  }
+}
+
+// By the last block of all.
+__device__ void finish(const Group& group, const Plan& plan, const Shared& shared, uint64_t number) {
+  Workspace* workspace = group.workspace;
+  HostRecord* host = group.host;
+  if (threadIdx.x < group.size) {
+    store_release(signal(group, threadIdx.x, group.at.routing_drained, group.rank), number + 1);
+  }
+  if (plan.ticket) {
+    for (int i = threadIdx.x; i < group.num_local; i += kThreads)
+      host->tokens_per_expert[i] = shared.total[i];
+    if (threadIdx.x < sizeof(host->bad_ranks) / 8) {
+      unsigned long long bad = 0;
+      for (int r = threadIdx.x * 64; r < min(group.size, static_cast<int>(threadIdx.x + 1) * 64); ++r) {
+        bad |= static_cast<unsigned long long>(__ldcg(&header_of(group, group.rank, r)->bad) != 0) << r % 64;
+      }
+      host->bad_ranks[threadIdx.x] = static_cast<int64_t>(bad);
+    }
+  }
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  if (plan.ticket == 0 && workspace->bad_ids) host->bad_ids = 1;
+  workspace->bad_ids = 0;
+  workspace->blocks_counted = 0;
+  workspace->plans = number + 1;
+  if (plan.ticket) {
+    host->rows_needed = plan.expert_layout ? shared.begin[group.num_local] : shared.sources[group.size];
+    __threadfence_system();
+    host->ticket = plan.ticket;
+  }
+}
+
+__global__ void __launch_bounds__(kThreads, 1)
+    plan_kernel(const __grid_constant__ Group group, const __grid_constant__ Plan plan) {
+  extern __shared__ __align__(16) char memory[];
+  const Shared shared(memory, group.size, group.num_local);
+  const PlanTables tables(plan.tables, group);
+  Workspace* workspace = group.workspace;
+  if (has_failed(group)) return;
+  const uint64_t number = load_volatile(&workspace->plans);
+  if (!send_routing(group, plan, number)) return;
+
+  bool arrived = true;
+  if (threadIdx.x < group.size) {
+    const int peer = threadIdx.x;
+    arrived = wait_for(signal(group, group.rank, group.at.routing_arrived, peer), number + 1, group,
+                       Phase::receive_routing, peer);
+  }
+  if (!__syncthreads_and(arrived)) return;
+
+  const int columns = count_columns(group.size, group.num_local), per_rank = token_blocks(group.max_tokens);
+  const int rows = group.size * per_rank;
+  const int per_block = (rows + gridDim.x - 1) / gridDim.x;
+  const int first_row = blockIdx.x * per_block, end_row = min(rows, first_row + per_block);
+  int* counts = reinterpret_cast<int*>(reinterpret_cast<char*>(workspace) + align16(sizeof(Workspace)));
+  for (int row = first_row; row < end_row; ++row) {
+    read_block(group, shared, row / per_rank, row % per_rank * kTokensPerBlock);
+    for (int i = threadIdx.x; i < columns; i += kThreads) {
+      counts[static_cast<int64_t>(row) * columns + i] = shared.masks[i].count();
+    }
+  }
+
+  // All blocks are resident: there are no more of them than multiprocessors.
+  __syncthreads();
+  bool counted = true;
+  if (threadIdx.x == 0) {
+    __threadfence();
+    atomicAdd(&workspace->blocks_counted, 1u);
+    const uint64_t deadline = nanoseconds() + group.timeout_ns;
+    while (load_volatile(&workspace->blocks_counted) < gridDim.x) {
+      if (nanoseconds() > deadline) {
+        fail(group, Phase::plan, group.rank, gridDim.x, load_volatile(&workspace->blocks_counted));
+      }
+      if (has_failed(group)) {
+        counted = false;
+        break;
+      }
+    }
+    __threadfence();
+  }
+  if (!__syncthreads_and(counted)) return;
+
+  add_counts(group, plan, shared, counts, first_row);
+  if (blockIdx.x == 0) write_sums(group, plan, tables, shared);
+  const int needed = shared.sources[group.size];
+  for (int row = first_row; row < end_row; ++row) {
+    read_block(group, shared, row / per_rank, row % per_rank * kTokensPerBlock);
+    number_rows(group, plan, tables, shared, row / per_rank, row % per_rank * kTokensPerBlock);
+    __syncthreads();
+    // Arrivals are counted for each source alone.
+    const bool next_source = (row + 1) % per_rank == 0;
+    for (int i = threadIdx.x; i < columns; i += kThreads) {
+      shared.before[i] = i == group.num_local && next_source ? 0 : shared.before[i] + shared.masks[i].count();
+    }
+  }
+  if (!plan.expert_layout && plan.fixed_rows) {
+    const int64_t end = plan.max_rows * group.num_topk;
+    for (int64_t i = static_cast<int64_t>(needed) * group.num_topk + blockIdx.x * kThreads + threadIdx.x;
+         i < end; i += static_cast<int64_t>(gridDim.x) * kThreads) {
+      plan.ids[i] = -1;
+    }
+  }
+  if (is_last_block(&workspace->blocks_done)) finish(group, plan, shared, number);
+}
+
+}  // namespace
+
+Status launch_plan(const Group& group, const Plan& plan) {
+  const size_t shared_bytes = Shared::bytes(group.size, group.num_local, group.num_topk);
+  Status status =
+      Status::from_cuda(cudaFuncSetAttribute(plan_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                             static_cast<int>(shared_bytes)),
+                        "preparing the plan kernel");
+  if (!status.is_ok()) return status;
+  plan_kernel<<<plan.num_blocks, kThreads, shared_bytes, plan.stream>>>(group, plan);
+  return Status::from_cuda(cudaGetLastError(), "launching the plan kernel");
+}
+
+}  // namespace moe_ep::nvlink

@@ -1,0 +1,109 @@
+#pragma once
+
+#include <cstdint>
+
+#include "nvlink/group.h"
+
+// Signals between ranks, and waiting for them for a limited time.
+namespace moe_ep::nvlink {
+
+// What a wait was for; moe_ep/backends/nvlink.py has the names.
+enum class Phase : int {
+  send_routing,
+  receive_routing,
+  plan,
+  dispatch_send,
+  dispatch_receive,
+  combine_send,
+  combine_receive
+};
+
+__device__ __forceinline__ uint64_t load_acquire(const void* from) {
+  uint64_t value;
+  asm volatile("ld.acquire.sys.global.u64 %0, [%1];" : "=l"(value) : "l"(from) : "memory");
+  return value;
+}
+
+// Everything that this thread wrote, or has seen written, comes before the signal.
+__device__ __forceinline__ void store_release(void* to, uint64_t value) {
+  asm volatile("fence.acq_rel.sys;" ::: "memory");
+  asm volatile("st.relaxed.sys.global.u64 [%0], %1;" ::"l"(to), "l"(value) : "memory");
+}
+
+__device__ __forceinline__ uint64_t nanoseconds() {
+  uint64_t now;
+  asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
+  return now;
+}
+
+template <typename T>
+__device__ __forceinline__ T load_volatile(const T* from) {
+  return *static_cast<const volatile T*>(from);
+}
+
+__device__ __forceinline__ bool has_failed(const Group& group) {
+  return load_volatile(&group.workspace->failed) != 0;
+}
+
+// Ends all work of this group on this device, and tells the host what for.
+static __device__ __noinline__ void fail(const Group& group, Phase phase, int peer, uint64_t expected,
+                                         uint64_t seen) {
+  if (atomicCAS(&group.workspace->failed, 0u, 1u) != 0u) return;
+  HostRecord* host = group.host;
+  host->phase = static_cast<int>(phase);
+  host->peer = peer;
+  host->expected = static_cast<int64_t>(expected);
+  host->seen = static_cast<int64_t>(seen);
+  __threadfence_system();
+  host->failed = 1;
+}
+
+// Waits until `*signal >= value`; false if it timed out, here or elsewhere on this device.
+static __device__ __noinline__ bool wait_slowly(const uint64_t* signal, uint64_t value, const Group& group,
+                                                Phase phase, int peer) {
+  const uint64_t deadline = nanoseconds() + group.timeout_ns;
+  for (;;) {
+    for (int poll = 0; poll < 64; ++poll) {
+      if (load_acquire(signal) >= value) return true;
+    }
+    if (has_failed(group)) return false;
+    if (nanoseconds() > deadline) {
+      const uint64_t seen = load_acquire(signal);
+      if (seen >= value) return true;
+      fail(group, phase, peer, value, seen);
+      return false;
+    }
+  }
+}
+
+__device__ __forceinline__ bool wait_for(const uint64_t* signal, uint64_t value, const Group& group,
+                                         Phase phase, int peer) {
+  return load_acquire(signal) >= value || wait_slowly(signal, value, group, phase, peer);
+}
+
+// The same for a whole warp; its lanes may read what the signal announces.
+__device__ __forceinline__ bool warp_wait_for(const uint64_t* signal, uint64_t value, const Group& group,
+                                              Phase phase, int peer) {
+  bool arrived = true;
+  if (threadIdx.x % 32 == 0) arrived = wait_for(signal, value, group, phase, peer);
+  return __shfl_sync(0xFFFFFFFFu, arrived, 0);
+}
+
+// True for all threads of the one block that comes here last, which sees everything that the others did
+// before.
+__device__ __forceinline__ bool is_last_block(unsigned int* counter) {
+  __shared__ bool last;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    __threadfence_system();
+    last = atomicAdd(counter, 1u) == gridDim.x - 1;
+    if (last) {
+      *counter = 0;
+      __threadfence_system();
+    }
+  }
+  __syncthreads();
+  return last;
+}
+
+}  // namespace moe_ep::nvlink

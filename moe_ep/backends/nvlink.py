@@ -1,0 +1,396 @@
+"""GPUs that reach each other's memory: the kernels of csrc/nvlink.
+
+Every rank has a *window*, memory that all ranks can write. A rank's kernels write rows straight into the windows of
+the ranks that want them, and signals behind them; nothing of it is copied by, or waits for, the host.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+
+from ..errors import InvalidInput, MoeEpError
+from .base import Backend, Part, Routing, RoutingSpec
+from .windows import Members
+
+_PHASES = (  # of csrc/nvlink/sync.cuh
+    "dispatch routing (until it may be sent)",
+    "dispatch routing",
+    "dispatch planning",
+    "dispatch rows (until they may be sent)",
+    "dispatch rows",
+    "combine rows (until they may be sent)",
+    "combine rows",
+)
+_TABLES = Routing.TOKENS + 1  # the kernels' own tensor of the routing state
+_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_MAX_BIASES = 2
+
+ChooseNumSms = Callable[[str, str, int, int], int]
+"""From operation, layout, bytes of an element on the wire and tokens."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a communicator is made for."""
+
+    hidden: int
+    max_tokens_per_rank: int
+    num_experts: int
+    num_topk: int
+
+    def ring_bytes(self, kernels: ModuleType) -> int:
+        """Of the rows that one rank may have under way to another: max_tokens_per_rank rows of 2 * hidden bytes with
+        their weights. Wider rows, and FP8 rows of few columns, take turns."""
+        chunk = kernels.nvlink.CHUNK
+        rows = -(-self.max_tokens_per_rank // chunk) * chunk
+        narrow, wide = (-(-(size * self.hidden + 4 * self.num_topk) // 16) * 16 for size in (2, 4))
+        return max(rows * narrow, chunk * wide)
+
+
+WINDOW_FORMULA = (
+    "(ranks - 1) x max_tokens_per_rank x (2 x hidden + 4 x num_topk) bytes, and a little for signals"
+)
+
+
+def window_bytes(shape: Shape, num_ranks: int, kernels: ModuleType) -> int:
+    """Bytes of the window of one rank: (R - 1) rings, and a little for routing and signals."""
+    return kernels.nvlink.window_bytes(
+        num_ranks, shape.max_tokens_per_rank, shape.num_topk, shape.ring_bytes(kernels)
+    )
+
+
+def check_limits(shape: Shape, num_ranks: int, kernels: ModuleType) -> None:
+    """Raise InvalidInput for what the kernels can't do."""
+    limits = kernels.nvlink
+    for name, value, limit in (
+        ("the number of ranks", num_ranks, limits.MAX_RANKS),
+        ("num_topk", shape.num_topk, limits.MAX_TOPK),
+        ("num_experts", shape.num_experts, limits.MAX_EXPERTS),
+        (
+            "the rows that one rank can receive",
+            num_ranks * shape.max_tokens_per_rank * min(shape.num_topk, shape.num_experts // num_ranks),
+            limits.MAX_ROWS,
+        ),
+    ):
+        if value > limit:
+            raise InvalidInput(
+                f"{name} is {value}; the NVLink kernels take up to {limit}: use backend='collective'"
+            )
+
+
+class NvlinkBackend(Backend):
+    """``windows``: this process's addresses of all ranks' windows; ``memory`` keeps this rank's alive; zero on all.
+
+    ``cpu``: the backend for tensors on the CPU, if there may be any.
+    """
+
+    checks_ids = True
+
+    def __init__(
+        self,
+        name: str,
+        members: Members,
+        kernels: ModuleType,
+        shape: Shape,
+        device: torch.device,
+        memory: torch.Tensor,
+        windows: list[int],
+        timeout_s: float,
+        choose_num_sms: ChooseNumSms,
+        cpu: Backend | None = None,
+    ) -> None:
+        self.name = name
+        self._cpu = cpu
+        self._choose_num_sms = choose_num_sms
+        self.members = members
+        self.group = getattr(members, "group", None)
+        self.rank, self.size = members.rank, members.size
+        self.shape = shape
+        self.device = device
+        self.timeout_s = timeout_s
+        self.transport = "NVLink" if name == "nvlink" else "GPU memory"
+        self.window_bytes = window_bytes(shape, self.size, kernels)
+        self._memory = memory
+        limits = kernels.nvlink
+        self._workspace = torch.zeros(
+            limits.workspace_bytes(self.size, shape.max_tokens_per_rank, shape.num_experts),
+            dtype=torch.uint8,
+            device=device,
+        )
+        self._host = torch.zeros(limits.HOST_BYTES, dtype=torch.uint8, pin_memory=True)
+        self._kernel_dtypes = {
+            dtype: getattr(kernels.DType, str(dtype).removeprefix("torch.")) for dtype in _KERNEL_DTYPES
+        }
+        self._communicator = limits.Communicator(
+            device=device.index,
+            rank=self.rank,
+            size=self.size,
+            max_tokens=shape.max_tokens_per_rank,
+            num_topk=shape.num_topk,
+            num_experts=shape.num_experts,
+            ring_bytes=shape.ring_bytes(kernels),
+            timeout_s=timeout_s,
+            windows=windows,
+            workspace=self._workspace.data_ptr(),
+            host=self._host.data_ptr(),
+        )
+        self._tickets = 0
+        self._num_sms: dict[tuple, int] = {}
+        self._last_stream: torch.cuda.Stream | None = None
+        torch.cuda.current_stream(device).synchronize()
+        members.all_gather(torch.zeros(1, dtype=torch.int64))  # all memory is there and zero
+
+    def plan(
+        self, topk_idx: torch.Tensor, spec: RoutingSpec, num_sms: int | None = None
+    ) -> list[torch.Tensor]:
+        if self._cpu is not None and not topk_idx.is_cuda:
+            return self._cpu.plan(topk_idx, spec)
+        exact = spec.max_recv_rows is None
+        expert_layout = spec.layout == "expert"
+        num_tokens, num_topk = topk_idx.shape
+        num_local = spec.num_local_experts
+        self.check_health(bad_ids=exact)
+        device = self._check_device(topk_idx)
+        per_token = min(num_topk, num_local) if expert_layout else 1
+        most_rows = self.size * spec.max_tokens_per_rank * per_token + num_local * (spec.expert_alignment - 1)
+        max_rows = most_rows if exact else spec.max_recv_rows
+        counts = torch.empty(2 * num_local + 1, dtype=torch.int64, device=device)
+        tokens_per_expert, padded, needed = counts.split((num_local, num_local, 1))
+        tables = torch.empty(self._communicator.table_words(num_tokens), dtype=torch.int32, device=device)
+        rows = torch.empty((0 if expert_layout else max_rows, num_topk), dtype=torch.int64, device=device)
+        if exact:
+            self._tickets += 1
+        self._communicator.plan(
+            topk_idx.data_ptr(),
+            topk_idx.dtype == torch.int64,
+            num_tokens,
+            expert_layout,
+            spec.expert_alignment,
+            max_rows,
+            not exact,
+            tables.data_ptr(),
+            tokens_per_expert.data_ptr(),
+            padded.data_ptr(),
+            needed.data_ptr(),
+            rows.data_ptr(),
+            self._tickets if exact else 0,
+            self.num_sms("dispatch", spec.layout, 2, num_tokens, num_sms),
+            self._stream(),
+        )
+        if exact:
+            num_rows, splits = self._wait_for_plan(spec)
+        else:
+            num_rows, splits = max_rows, torch.empty(0, dtype=torch.int64)
+        rows = rows.new_empty(num_rows) if expert_layout else rows[:num_rows]
+        return [tokens_per_expert, padded, rows, needed, splits, topk_idx.new_empty((num_tokens, 0)), tables]
+
+    def _wait_for_plan(self, spec: RoutingSpec) -> tuple[int, torch.Tensor]:
+        """Rows of the exact result, and of each local expert."""
+        communicator = self._communicator
+        # The kernels give up by themselves after timeout_s.
+        if not communicator.wait_for_plan(self._tickets, 2 * self.timeout_s + 10):
+            self.check_health()
+            raise MoeEpError(
+                f"planning did not end within {2 * self.timeout_s + 10:g} s: is the GPU busy with other kernels that "
+                "never end?"
+            )
+        if bad := communicator.bad_ranks():
+            ranks = ", ".join(map(str, bad))
+            raise InvalidInput(
+                f"topk_idx of rank {ranks} has expert ids outside [-1, {spec.num_experts}), or a token that names an "
+                "expert twice; nothing was sent"
+            )
+        counts = torch.tensor(communicator.tokens_per_expert())
+        alignment = spec.expert_alignment
+        return communicator.rows_needed(), (counts + (alignment - 1)) // alignment * alignment
+
+    def dispatch(
+        self,
+        parts: Sequence[Part],
+        weights: torch.Tensor | None,
+        state: Sequence[torch.Tensor],
+        spec: RoutingSpec,
+        num_sms: int | None = None,
+    ) -> tuple[list[torch.Tensor], torch.Tensor | None]:
+        rows = parts[0].rows
+        if self._cpu is not None and not rows.is_cuda:
+            return self._cpu.dispatch(parts, weights, state, spec)
+        self.check_health(bad_ids=False)
+        self._check_device(rows)
+        self._check_dtype("x", rows.dtype)
+        meta = state[Routing.ROWS]
+        num_rows = meta.shape[0]
+        out = [torch.empty((num_rows, rows.shape[1]), dtype=rows.dtype, device=rows.device)]
+        row_bytes = rows.shape[1] * rows.element_size()
+        scales = out_scales = out_weights = 0
+        scale_words, padding = 0, 0.0
+        if len(parts) > 1:
+            scale_words, padding = parts[1].rows.shape[1], parts[1].padding
+            out.append(torch.empty((num_rows, scale_words), dtype=torch.float32, device=rows.device))
+            scales, out_scales = parts[1].rows.data_ptr(), out[1].data_ptr()
+        row_weights = None
+        if weights is not None:
+            row_weights = torch.empty(meta.shape, dtype=torch.float32, device=rows.device)
+            out_weights = row_weights.data_ptr()
+        self._communicator.dispatch(
+            _aligned(rows).data_ptr(),
+            row_bytes,
+            scales,
+            scale_words,
+            padding,
+            0 if weights is None else weights.data_ptr(),
+            state[_TABLES].data_ptr(),
+            out[0].data_ptr(),
+            out_scales,
+            out_weights,
+            num_rows,
+            spec.layout == "expert",
+            spec.expert_alignment > 1 or spec.max_recv_rows is not None,
+            self.num_sms("dispatch", spec.layout, rows.element_size(), len(rows), num_sms),
+            self._stream(),
+        )
+        return out, row_weights
+
+    def combine(
+        self,
+        rows: torch.Tensor,
+        row_weights: torch.Tensor | None,
+        biases: Sequence[torch.Tensor],
+        state: Sequence[torch.Tensor],
+        spec: RoutingSpec,
+        num_sms: int | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if self._cpu is not None and not rows.is_cuda:
+            return self._cpu.combine(rows, row_weights, biases, state, spec)
+        self.check_health(bad_ids=False)
+        self._check_device(rows)
+        self._check_dtype("expert_rows", rows.dtype)
+        if len(biases) > _MAX_BIASES:
+            raise InvalidInput(f"{len(biases)} biases are given; the NVLink kernels add up to {_MAX_BIASES}")
+        num_tokens = state[Routing.TOKENS].shape[0]
+        out = torch.empty((num_tokens, rows.shape[1]), dtype=rows.dtype, device=rows.device)
+        topk_weights = None
+        if row_weights is not None:
+            topk_weights = torch.empty((num_tokens, spec.num_topk), dtype=torch.float32, device=rows.device)
+        biases = [_aligned(bias.contiguous()) for bias in biases]
+        addresses = [bias.data_ptr() for bias in biases] + [0] * (_MAX_BIASES - len(biases))
+        self._communicator.combine(
+            _aligned(rows).data_ptr(),
+            self._kernel_dtypes[rows.dtype],
+            rows.shape[1] * rows.element_size(),
+            0 if row_weights is None else row_weights.data_ptr(),
+            *addresses,
+            state[_TABLES].data_ptr(),
+            num_tokens,
+            out.data_ptr(),
+            0 if topk_weights is None else topk_weights.data_ptr(),
+            rows.shape[0],
+            spec.layout == "expert",
+            self.num_sms("combine", spec.layout, rows.element_size(), num_tokens, num_sms),
+            self._stream(),
+        )
+        return out, topk_weights
+
+    def state_devices(self, device: torch.device) -> list[torch.device]:
+        on_host = torch.device("cpu")
+        return [on_host if i == Routing.SPLITS else device for i in range(_TABLES + 1)]
+
+    def all_gather(self, values: torch.Tensor) -> torch.Tensor:
+        self.check_health()
+        return self.members.all_gather(values)
+
+    def num_sms(
+        self, op: str, layout: str, element_size: int, num_tokens: int, asked: int | None = None
+    ) -> int:
+        """Blocks of the kernel of a call."""
+        if asked is None:
+            key = op, layout, element_size, num_tokens
+            if key not in self._num_sms:
+                self._num_sms[key] = self._choose_num_sms(*key)
+            return self._num_sms[key]
+        if not 0 < asked <= self.available_sms:
+            raise InvalidInput(
+                f"num_sms is {asked}; a rank of this group can have 1 to {self.available_sms} multiprocessors"
+            )
+        return asked
+
+    @property
+    def available_sms(self) -> int:
+        """Multiprocessors that this rank's kernels may take: ranks that share a GPU share them."""
+        return _count_sms(self.device) // (self.size if self.name == "virtual" else 1)
+
+    def check_health(self, bad_ids: bool = True) -> None:
+        """Raise what kernels have reported. Without ``bad_ids``, only what keeps them from working on."""
+        communicator = self._communicator
+        if communicator is None:
+            raise InvalidInput("this communicator is closed; make a new one")
+        if communicator.failed:
+            phase, peer, expected, seen = communicator.failure()
+            cause = f"its kernel waited {self.timeout_s:g} s for signal {expected:#x} and saw {seen:#x}"
+            raise self.members.give_up({peer}, _PHASES[phase], cause)
+        if bad_ids and communicator.bad_ids:
+            communicator.forget_bad_ids()
+            raise InvalidInput(
+                f"an earlier topk_idx had expert ids outside [-1, {self.shape.num_experts}), or a token that names an "
+                "expert twice; they counted as -1. MOE_EP_CHECK=1 finds the call"
+            )
+
+    def close(self) -> None:
+        if self._communicator is None:
+            return
+        if self._last_stream is not None:
+            self._last_stream.synchronize()  # ends within timeout_s
+        self._communicator = None
+        self._last_stream = None
+        self._memory = self._workspace = self._host = None
+        self.members.close()
+
+    def _stream(self) -> int:
+        """The current stream, after this communicator's earlier calls."""
+        stream = torch.cuda.current_stream(self.device)
+        last = self._last_stream
+        if last is None or last != stream:
+            if last is not None and _same_capture(last, stream):
+                stream.wait_stream(last)
+            self._last_stream = stream
+        return stream.cuda_stream
+
+    def _check_device(self, tensor: torch.Tensor) -> torch.device:
+        device = tensor.device
+        if device != self.device:
+            raise InvalidInput(
+                f"tensors are on {device}; this communicator is on {self.device}, the current device when it was made"
+            )
+        return device
+
+    def _check_dtype(self, name: str, dtype: torch.dtype) -> None:
+        if dtype not in self._kernel_dtypes and dtype != torch.uint8:
+            raise InvalidInput(
+                f"{name} is {dtype}; the NVLink kernels take float32, bfloat16, float16 and Fp8Tokens: "
+                "use backend='collective' for others"
+            )
+
+
+@functools.cache
+def _count_sms(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _aligned(rows: torch.Tensor) -> torch.Tensor:
+    """Rows where kernels can read 16 bytes at a time."""
+    return rows if rows.data_ptr() % 16 == 0 else rows.clone()
+
+
+def _same_capture(one: torch.cuda.Stream, other: torch.cuda.Stream) -> bool:
+    """Whether a stream may wait for another: nothing inside a graph capture can wait for what is outside."""
+    return _is_capturing(one) == _is_capturing(other)
+
+
+def _is_capturing(stream: torch.cuda.Stream) -> bool:
+    with torch.cuda.stream(stream):
+        return torch.cuda.is_current_stream_capturing()

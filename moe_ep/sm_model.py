@@ -1,0 +1,74 @@
+"""How many multiprocessors (SMs) a dispatch or combine should take, where nobody has said or measured it.
+
+A call is bound by the link, which a few SMs saturate, or by what its SMs can load and store. From rates measured on an
+H200 (docs/benchmarks), with routing taken as uniform:
+
+    link_us = bytes that leave the rank / LINK
+    sm_us   = (bytes stored / STORE + bytes loaded / LOAD) / num_sms
+
+The choice is the smallest number of SMs with ``sm_us <= SLACK * link_us``, and no more than `OVERLAPPED_SMS` where
+computation runs at the same time, whose time counts as well.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+LINK_GBPS = 366.0
+"""Of one direction between two GPUs over NVLink 4, with both busy."""
+STORE_GBPS = 61.0
+"""What one SM stores."""
+LOAD_GBPS = 170.0
+"""What one SM loads."""
+SLACK = 0.75
+OVERLAPPED_SMS = 24
+_STEP = 4
+
+
+@dataclass(frozen=True)
+class Work:
+    """One operation on one rank: ``row_bytes`` of what travels, and whom it concerns."""
+
+    op: str
+    layout: str
+    row_bytes: int
+    num_tokens: int
+    num_topk: int
+    num_experts: int
+    num_ranks: int
+
+    @property
+    def rows(self) -> float:
+        """Rows of the layout, on each rank."""
+        return self.num_tokens * (self.num_topk if self.layout == "expert" else self.ranks_per_token)
+
+    @property
+    def ranks_per_token(self) -> float:
+        """Ranks that hold an expert of a token, on average: R (1 - (1 - 1/R)^K)."""
+        return self.num_ranks * (1 - (1 - 1 / self.num_ranks) ** self.num_topk)
+
+    @property
+    def rows_sent(self) -> float:
+        return self.num_tokens * self.ranks_per_token * (1 - 1 / self.num_ranks)
+
+    def link_us(self) -> float:
+        return self.rows_sent * self.row_bytes / LINK_GBPS / 1e3
+
+    def sm_us(self, num_sms: int) -> float:
+        own = self.num_tokens * self.ranks_per_token / self.num_ranks
+        if self.op == "dispatch":
+            stored, loaded = self.rows_sent + self.rows, 2 * self.rows_sent + own
+        else:
+            stored, loaded = self.rows_sent + self.num_tokens, self.rows_sent + self.rows
+        return self.row_bytes * (stored / STORE_GBPS + loaded / LOAD_GBPS) / 1e3 / num_sms
+
+
+def choose_num_sms(work: Work, available: int, overlapped: bool = False) -> int:
+    """Between 1 and ``available``."""
+    limit = min(available, OVERLAPPED_SMS) if overlapped else available
+    if work.num_ranks == 1:
+        return limit
+    for num_sms in range(_STEP, limit, _STEP):
+        if work.sm_us(num_sms) <= SLACK * work.link_us():
+            return num_sms
+    return limit
