@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from .. import __version__, _extension, env, fp8
+from ..backends import nvlink
 from ..machine import command_output
 from .gpus import unreachable_pairs
 from .report import Fact
@@ -27,6 +28,10 @@ OPTIONAL_PACKAGES = {
     "transformer_engine": "FP8 experts on GPUs",
     "megatron.core": "Megatron-Core models",
 }
+
+
+DEEPSEEK = {"hidden": 7168, "max_tokens_per_rank": 4096, "num_experts": 256, "num_topk": 8}
+"""The layer whose window memory is told, as arguments of a Communicator."""
 
 
 def facts() -> Iterable[Fact]:
@@ -68,6 +73,10 @@ def kernel_facts() -> Iterable[Fact]:
         return
     major, minor = module.CUDA_VERSION // 1000, module.CUDA_VERSION % 1000 // 10
     yield Fact(section, "moe_ep._C", f"built for sm_{module.ARCHS} with CUDA {major}.{minor}", ok=True)
+    by_ranks = {r: nvlink.window_bytes(nvlink.Shape(**DEEPSEEK), r, module) for r in (2, 4, 8)}
+    shape = "{max_tokens_per_rank} tokens x {hidden}, top-{num_topk} of {num_experts}".format(**DEEPSEEK)
+    sizes = ", ".join(f"{num_bytes / 2**20:.0f} MiB with {r} ranks" for r, num_bytes in by_ranks.items())
+    yield Fact(section, "window of a GPU", f"{sizes}, for DeepSeek-V3 ({shape} experts)")
     for index in range(torch.cuda.device_count()):
         yield _fp8_kernel_test(torch.device("cuda", index))
 

@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 
 import moe_ep
-from moe_ep import cli, launch, testing
-from moe_ep.bench import arguments, command, picture, table
+from moe_ep import cli, launch, machine, testing
+from moe_ep.bench import arguments, command, copy_engine, picture, table
 from moe_ep.bench.copy_engine import CopyRate, best_rate
 from moe_ep.bench.measure import Timing
 from moe_ep.bench.nccl import AllToAllJob
@@ -141,6 +141,18 @@ def test_nvlink_without_gpus_says_so(capsys):
     assert "needs a GPU for each" in capsys.readouterr().err
 
 
+def test_machine_is_named():
+    facts = machine.facts(torch.device("cpu"), "moe-ep bench --nproc 2")
+    assert facts["torch"] == torch.__version__ and facts["command"] == "moe-ep bench --nproc 2"
+    assert facts["device"].startswith("CPU") and len(facts["date"].split("-")) == 3
+    assert machine.command_output(sys.executable, "-c", "print(1); print(2); print(1)") == "1, 2"
+    assert "can't be run" in machine.command_output("/no/such/command")
+
+
+def test_copy_engines_need_gpus():
+    assert copy_engine.measure(torch.device("cpu")) == [] and best_rate([]) is None
+
+
 def test_wire_bytes():
     assert row_bytes("bfloat16", 7168) == 14336
     assert row_bytes("fp8", 7168) == 7168 + 56 * 4
@@ -185,9 +197,9 @@ def test_all_to_all_does_the_same_job(num_ranks, layout):
 SMALL = Sweep(
     ops=("dispatch", "combine"),
     layouts=("expert", "rank"),
-    dtypes=("fp8", "float32"),
+    dtypes=("fp8",),
     num_tokens=(64,),
-    num_sms=(None,),
+    num_sms=(None, 4),
     hidden=256,
     num_topk=2,
     num_experts=8,
@@ -211,7 +223,9 @@ def test_sweep_measures_every_case_beside_the_same_job(tmp_path):
     launch.spawn(run_small_sweep, 2, tmp_path / "results.json", timeout_s=120)
     results = Results.from_json((tmp_path / "results.json").read_text())
     assert results.ranks == 2 and results.cases == SMALL.cases()
-    assert [each.case for each in results.measurements] == results.cases == list(results.nccl)
+    assert list(results.nccl) == results.cases
+    expected = [(case, num_sms) for case in results.cases for num_sms in SMALL.num_sms]
+    assert [(each.case, each.num_sms) for each in results.measurements] == expected
     for each in results.measurements:
         assert 0 < each.gpu.min_us <= each.gpu.median_us <= each.gpu.max_us
         assert each.host_us > 0 and each.wall_us > 0

@@ -15,8 +15,7 @@ def test_json_parses_and_judges_every_backend(capsys):
     assert cli.main(["doctor", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["healthy"] is True
-    # NOTE: nvlink is judged whether or not this version has it.
-    assert set(report["verdicts"]) == {*communicator.BACKENDS, "nvlink"} - {"auto"}
+    assert set(report["verdicts"]) == set(communicator.BACKENDS) - {"auto"}
     assert all(verdict["text"] for verdict in report["verdicts"].values())
     assert report["verdicts"]["collective"]["runs"] and report["verdicts"]["virtual"]["runs"]
     names = {fact["name"].split("=")[0] for fact in report["facts"]}
