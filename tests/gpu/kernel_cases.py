@@ -168,7 +168,8 @@ def fp8(world_size: int) -> Iterator[Case]:
 
 
 def many_tokens(world_size: int) -> Iterator[Case]:
-    """More than a grid holds at once, in short rows and in long ones."""
+    """More than a grid holds at once, in short rows and in long ones; float32 rows, of which a window has room for half
+    of what may be sent, all to one rank."""
     short_rows = Case(
         "many_short",
         ragged(world_size, 2500),
@@ -179,9 +180,32 @@ def many_tokens(world_size: int) -> Iterator[Case]:
         routing="masked",
     )
     long_rows = replace(short_rows, name="many_long", tokens_by_rank=ragged(world_size, 90), hidden=4096)
-    for case in (short_rows, long_rows):
+    to_one = replace(short_rows, name="many_to_one", dtype=F32, routing="one_rank", num_topk=4)
+    for case in (short_rows, long_rows, replace(short_rows, name="many_float32", dtype=F32), to_one):
         yield case
         yield replace(case, layout="rank")
+
+
+def ring_of_waits(world_size: int) -> Case:
+    """Each rank's early tokens go to one peer and its late ones to another, in more rows than a window has room for.
+
+    The next rank keeps every rank waiting for its second round until the one after has sent its own; a sender that
+    waits for one peer must not keep its rows from another.
+    """
+    num_tokens, both, gap = 1000, 500, 300
+    routing = []
+    for rank in range(world_size):
+        late, early = (rank + 1) % world_size, (rank + 2) % world_size
+        tail = num_tokens - both - gap
+        routing.append(((early, late),) * both + ((early, -1),) * gap + ((-1, late),) * tail)
+    return Case(
+        "ring_of_waits",
+        (num_tokens,) * world_size,
+        hidden=64,
+        num_experts=world_size,
+        num_topk=2,
+        routing=tuple(routing),
+    )
 
 
 def no_tokens(world_size: int) -> Iterator[Case]:
