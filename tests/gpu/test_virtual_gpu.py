@@ -10,7 +10,7 @@ from exercise import assert_case, assert_results, dispatch_results, expected, on
 from hypothesis import HealthCheck, given, settings
 
 import moe_ep
-from gpu.kernel_cases import kernel_cases, ring_of_waits, routing_cases
+from gpu.kernel_cases import experts, kernel_cases, ring_of_waits, routing_cases
 from gpu.machine import needs_gpu
 from moe_ep.testing import run_ranks
 
@@ -45,6 +45,11 @@ def test_standard_cases(case):
 
 @pytest.mark.parametrize("case", [*kernel_cases(2), *routing_cases(3), *kernel_cases(8)], ids=str)
 def test_kernel_cases(case):
+    check(case)
+
+
+@pytest.mark.parametrize("case", [*experts(16), *experts(24)], ids=str)
+def test_many_ranks(case):
     check(case)
 
 
