@@ -3,6 +3,9 @@
 import pytest
 import torch
 
+from moe_ep import Communicator
+from moe_ep.backends.virtual import VirtualGroup
+
 needs_gpu = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
@@ -17,3 +20,8 @@ def groups_of_processes(*, on_one_gpu: tuple[int, ...] = (), on_gpus: tuple[int,
         enough = pytest.mark.skipif(num_gpus < size, reason=f"needs {size} GPUs, there are {num_gpus}")
         params.append(pytest.param(size, False, marks=enough, id=f"{size}-gpus"))
     return params
+
+
+def group_of(comm: Communicator) -> VirtualGroup:
+    """The virtual group that run_ranks made this communicator on, for another communicator."""
+    return comm._impl.members.group

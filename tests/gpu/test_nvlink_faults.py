@@ -12,7 +12,7 @@ from exercise import assert_case, run_case
 from processes import join, run_cuda
 
 import moe_ep
-from gpu.machine import groups_of_processes, needs_gpu
+from gpu.machine import group_of, groups_of_processes, needs_gpu
 from moe_ep import launch
 from moe_ep.testing import run_ranks
 
@@ -129,7 +129,7 @@ def test_a_new_communicator_on_the_same_virtual_group_works():
         if broken.rank != FAULTY:
             assert outcome_of(case, broken, "dispatch")["raised"] == "PeerTimeoutError"
         broken.close()
-        with moe_ep.Communicator(broken._impl.group, timeout_s=20, **case.communicator_arguments) as comm:
+        with moe_ep.Communicator(group_of(broken), timeout_s=20, **case.communicator_arguments) as comm:
             return run_case(case, comm, "cuda")
 
     arguments = {**case.communicator_arguments, "timeout_s": TIMEOUT_S}

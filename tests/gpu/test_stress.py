@@ -18,14 +18,13 @@ from exercise import assert_results, expected, run_case
 from processes import run_cuda
 
 import moe_ep
-from gpu.machine import groups_of_processes, needs_gpu
+from gpu.machine import group_of, groups_of_processes, needs_gpu
 from moe_ep.testing import run_ranks
 
 pytestmark = [*needs_gpu, pytest.mark.slow]
 
 ITERATIONS = int(os.environ.get("STRESS_ITERATIONS", "10000"))
 HIDDEN, MAX_TOKENS, NUM_TOPK, EXPERTS_PER_RANK = 256, 48, 4, 4
-NUM_SMS = (None, 4, 8, 16)
 MIB = 1 << 20
 
 
@@ -40,6 +39,10 @@ def sizes(world_size: int) -> dict[str, float]:
 
 
 # ---- one call and what it must give, by sorting; all on the GPU, nothing waits
+
+
+def all_sms() -> int:
+    return torch.cuda.get_device_properties(0).multi_processor_count
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,7 @@ def draws(world_size: int, seed: int) -> Iterator[Draw]:
     options = random.Random(seed)
     numbers = torch.Generator("cuda").manual_seed(seed)
     num_experts = EXPERTS_PER_RANK * world_size
+    share = all_sms() // world_size  # virtual ranks have no more
     while True:
         dtype = options.choice((torch.bfloat16, torch.float16, torch.float32))
         tokens_by_rank = [options.choice((0, 1, options.randint(0, MAX_TOKENS))) for _ in range(world_size)]
@@ -88,7 +92,7 @@ def draws(world_size: int, seed: int) -> Iterator[Draw]:
             dtype=dtype,
             fp8=options.choice((None, None, "blockwise")),
             static=options.random() < 0.3,
-            num_sms=options.choice(NUM_SMS),
+            num_sms=options.choice((None, min(4, share), min(8, share), min(16, share))),
             tokens_by_rank=tokens_by_rank,
             x=torch.randint(-8, 9, (total, HIDDEN), device="cuda", generator=numbers).to(dtype),
             topk_idx=scores.argsort(dim=1)[:, :NUM_TOPK].masked_fill(masked, -1),
@@ -314,8 +318,7 @@ def warm_up_matmul(comm: moe_ep.Communicator, a: torch.Tensor) -> None:
 
 def changing_num_sms(comm: moe_ep.Communicator) -> None:
     """As few as one and as many as there are, from call to call, ranks alike."""
-    all_sms = torch.cuda.get_device_properties(0).multi_processor_count
-    most = all_sms // comm.size if comm.backend == "virtual" else all_sms
+    most = all_sms() // comm.size if comm.backend == "virtual" else all_sms()
     source = draws(comm.size, seed=4)
     checker = Checker(comm)
     for num_sms in [1, most, 2, None, 3, 5, most - 1, 8, None, 1, 24, 7] * 3:
@@ -344,7 +347,7 @@ def test_virtual_ranks_two_communicators_at_once(world_size):
     arguments = sizes(world_size)
 
     def fn(comm):
-        with moe_ep.Communicator(comm._impl.group, **arguments) as other:
+        with moe_ep.Communicator(group_of(comm), **arguments) as other:
             two_communicators(comm, other)
 
     run_ranks(world_size, fn, device="cuda", **arguments)
