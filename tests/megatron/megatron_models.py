@@ -120,26 +120,8 @@ def deepseek_v3_config(**changes: Any) -> MLATransformerConfig:
     return layer_config(MLATransformerConfig, **{**settings, **changes})
 
 
-class CausalAttention(torch.nn.Module):
-    """Attention with keys and values of different widths, which Megatron has in Transformer Engine alone."""
-
-    def __init__(self, *_args: Any, softmax_scale: float | None = None, **_kwargs: Any) -> None:
-        super().__init__()
-        self.softmax_scale = softmax_scale
-
-    def forward(self, query, key, value, attention_mask, **_kwargs: Any) -> torch.Tensor:
-        """``[S, B, heads, width]`` each -> ``[S, B, heads * value width]``."""
-        q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
-        out = torch.nn.functional.scaled_dot_product_attention(
-            q, k, v, is_causal=True, scale=self.softmax_scale
-        )
-        return out.permute(2, 0, 1, 3).flatten(2)
-
-
 def make_gpt(config: MLATransformerConfig, *, in_spec: bool = False) -> GPTModel:
     block = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization="RMSNorm")
-    for layer in block.layer_specs:
-        layer.submodules.self_attention.submodules.core_attention = CausalAttention
     mtp = get_gpt_mtp_block_spec(config, block, use_transformer_engine=False)
     if in_spec:
         block, mtp = use_in_spec(block), use_in_spec(mtp)

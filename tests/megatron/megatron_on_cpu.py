@@ -1,17 +1,20 @@
-"""Lets megatron-core 0.19 run in a process without a GPU, Triton and Transformer Engine.
+"""Lets megatron-core 0.19 run in a process without a GPU, Triton and Transformer Engine, and on Python before 3.12.
 
-Megatron calls some torch.cuda functions unconditionally; `allow_cpu` gives them a meaning on a CPU. Nothing of
-Megatron itself is changed. A process in which it was called is good for nothing else.
+Megatron calls some torch.cuda functions unconditionally; they get a meaning on a CPU. Of Megatron itself only the
+attention of its layers without Transformer Engine is replaced, since that knows no MLA. A process that was prepared so
+is good for nothing else.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import importlib.util
 import os
 import sys
 import types
+import typing
 from typing import Any
 
 import torch
@@ -21,6 +24,9 @@ import torch.distributed as dist
 def call_with_megatron(path: str, args: tuple) -> Any:
     """Call "module.function" of a module that imports Megatron."""
     allow_cpu()
+    from megatron.core.models.backends import LocalSpecProvider
+
+    LocalSpecProvider.core_attention = lambda self: CausalAttention
     module, function = path.rsplit(".", 1)
     return getattr(importlib.import_module(module), function)(*args)
 
@@ -94,6 +100,25 @@ def allow_cpu() -> None:
     cuda.random.get_rng_state = lambda device="cuda": torch.empty(0, dtype=torch.uint8)
     torch.Tensor.record_stream = lambda self, _stream: None
     _take_tensors_as_split_sizes()
+    if sys.version_info < (3, 12):  # for megatron.training
+        typing.override = lambda method: method
+
+
+def allow_training() -> None:
+    """What Megatron's own training loop needs in addition. Use `CudaIsCpu` with it."""
+    cuda = torch.cuda
+    cuda.device_count = lambda: 1
+    cuda.set_device = lambda _device: None
+    cuda.empty_cache = lambda: None
+    cuda.get_rng_state = lambda device="cuda": torch.empty(0, dtype=torch.uint8)
+    cuda.get_device_capability = lambda device=None: (9, 0)
+    cuda.get_device_properties = lambda device=None: types.SimpleNamespace(major=9, minor=0)
+    torch.Tensor.cuda = torch.nn.Module.cuda = lambda self, *_args, **_kwargs: self
+
+    from megatron.training import training
+    from megatron.training.initialize import initialize_megatron
+
+    training.initialize_megatron = functools.partial(initialize_megatron, allow_no_cuda=True)
 
 
 def _take_tensors_as_split_sizes() -> None:
@@ -121,3 +146,19 @@ class CudaIsCpu(torch.overrides.TorchFunctionMode):
         if str(kwargs.get("device", "")).startswith("cuda"):
             kwargs["device"] = "cpu"
         return func(*args, **kwargs)
+
+
+class CausalAttention(torch.nn.Module):
+    """Attention with keys and values of different widths."""
+
+    def __init__(self, *_args: Any, softmax_scale: float | None = None, **_kwargs: Any) -> None:
+        super().__init__()
+        self.softmax_scale = softmax_scale
+
+    def forward(self, query, key, value, attention_mask, **_kwargs: Any) -> torch.Tensor:
+        """``[S, B, heads, width]`` each -> ``[S, B, heads * value width]``."""
+        q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
+        out = torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=self.softmax_scale
+        )
+        return out.permute(2, 0, 1, 3).flatten(2)
