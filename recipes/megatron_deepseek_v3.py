@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -40,7 +41,14 @@ DISPATCHERS = ("moe_ep", "alltoall", "allgather", "flex")
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train; on every rank of a torchrun."""
-    sys.argv[1:] = expand_size(sys.argv[1:] if arguments is None else list(arguments))
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    own, rest = add_arguments(argparse.ArgumentParser(add_help=False, allow_abbrev=False)).parse_known_args(
+        given
+    )
+    if own.print_arguments:
+        print(shlex.join([*read_size(own.size), *rest]))
+        return
+    sys.argv[1:] = expand(given, own)
     args = parse_and_validate_args(extra_args_provider=add_arguments)
     # Compiled when Megatron is installed; it would compile them again, for which the package lacks the Makefile.
     dataset_utils.compile_helpers = lambda: None
@@ -52,20 +60,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
 
 
-def expand_size(arguments: list[str]) -> list[str]:
-    """Megatron's arguments from ours: those of ``--size NAME`` come before the rest, and so can be overridden.
+def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    group = parser.add_argument_group("moe_ep")
+    group.add_argument("--size", help=f"arguments of {SIZES.name}/SIZE.args, before all others")
+    group.add_argument(
+        "--print-arguments", action="store_true", help="print those, for another script, and end"
+    )
+    group.add_argument("--dispatcher", choices=DISPATCHERS, default="moe_ep")
+    group.add_argument("--dispatch-fp8", action="store_true", help="tokens travel as FP8 (moe_ep only)")
+    group.add_argument(
+        "--text", nargs="+", default=[], help="files or folders; else Python's standard library"
+    )
+    return parser
+
+
+def expand(arguments: list[str], own: argparse.Namespace) -> list[str]:
+    """What Megatron shall parse: the arguments of the size come before the given ones, which can so override them.
 
     Raises RecipeError for a size that there is not.
     """
-    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    own.add_argument("--size")
-    own.add_argument("--dispatcher", choices=DISPATCHERS, default=DISPATCHERS[0])
-    chosen, _ = own.parse_known_args(arguments)
     ranks = ["--expert-model-parallel-size", os.environ.get("WORLD_SIZE", "1")]
-    of_size = [] if chosen.size is None else read_size(chosen.size)
-    stock = (
-        "alltoall" if chosen.dispatcher == "moe_ep" else chosen.dispatcher
-    )  # any that can be built is replaced
+    of_size = [] if own.size is None else read_size(own.size)
+    stock = own.dispatcher if own.dispatcher != "moe_ep" else "alltoall"  # to be replaced
     return [*ranks, *of_size, "--moe-token-dispatcher-type", stock, *arguments]
 
 
@@ -80,17 +96,6 @@ def read_size(name: str) -> list[str]:
     for word in words:
         arguments += read_size(word[1:].removesuffix(".args")) if word.startswith("@") else [word]
     return arguments
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    group = parser.add_argument_group("moe_ep")
-    group.add_argument("--size", help=f"arguments of {SIZES.name}/SIZE.args, before all others")
-    group.add_argument("--dispatcher", choices=DISPATCHERS, default="moe_ep")
-    group.add_argument("--dispatch-fp8", action="store_true", help="tokens travel as FP8 (moe_ep only)")
-    group.add_argument(
-        "--text", nargs="+", default=[], help="files or folders; else Python's standard library"
-    )
-    return parser
 
 
 def model_config(args: argparse.Namespace) -> GPTModelConfig:

@@ -226,8 +226,8 @@ class MoeEpTokenDispatcher(MoETokenDispatcher):
     def _counts(self, out: moe_ep.DispatchOutput) -> torch.Tensor:
         """Rows of each local expert, on the host, where Megatron's experts read them."""
         if self._capacity is not None:
-            return torch.full((self.num_local_experts,), self._capacity, dtype=torch.int64)
-        return torch.tensor(out.splits, dtype=torch.int64)
+            return torch.full((self.num_local_experts,), self._capacity, device="cpu")
+        return torch.tensor(out.splits, device="cpu")
 
     def _select_blocks(self, rows: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
         """Rows in blocks of one expert each, in another order."""

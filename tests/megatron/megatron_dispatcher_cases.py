@@ -18,9 +18,11 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron_models import (
     EXPERTS,
     HIDDEN,
+    device,
     gpt_arguments,
     layer_config,
     layer_input,
+    layer_upstream,
     make_gpt,
     make_layer,
     run_layer,
@@ -40,7 +42,8 @@ def run_all() -> dict[str, str | None]:
     results = {}
     for case in CASES:
         try:
-            case()
+            with device():
+                case()
             results[case.__name__] = None
         except Exception:
             results[case.__name__] = traceback.format_exc()
@@ -66,17 +69,22 @@ def make_dispatcher(options: DispatcherOptions | None = None, **changes: Any) ->
     return MoeEpTokenDispatcher(LOCAL, local, layer_config(**changes), groups, options)
 
 
+def random(*shape: int, seed: int) -> torch.Tensor:
+    """Numbers in [0, 1), others on every rank and the same on every device."""
+    generator = torch.Generator().manual_seed(seed + dist.get_rank())
+    return torch.rand(*shape, generator=generator, device="cpu").to(device())
+
+
 def routing(num_tokens: int, num_topk: int = TOPK, seed: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
     """A map ``[T, E]``, and probabilities that are not 0 where the map is False."""
-    generator = torch.Generator().manual_seed(seed + dist.get_rank())
-    chosen = torch.rand(num_tokens, EXPERTS, generator=generator).topk(num_topk, dim=1).indices
+    chosen = random(num_tokens, EXPERTS, seed=seed).topk(num_topk, dim=1).indices
     routing_map = torch.zeros(num_tokens, EXPERTS, dtype=torch.bool).scatter(1, chosen, True)
-    return routing_map, torch.rand(num_tokens, EXPERTS, generator=generator) + 0.1
+    return routing_map, random(num_tokens, EXPERTS, seed=seed + 1000) + 0.1
 
 
 def tokens(num_tokens: int) -> torch.Tensor:
     """``[T, 1, H]``."""
-    return torch.randn(num_tokens, 1, HIDDEN, generator=torch.Generator().manual_seed(5 + dist.get_rank()))
+    return random(num_tokens, 1, HIDDEN, seed=5) - 0.5
 
 
 def drive(
@@ -203,7 +211,7 @@ def test_tokens_travel_in_fp8() -> None:
     quantised = moe_ep.fp8.quantize(x.detach()[:, 0]).dequantize(torch.float32)[:, None]
     torch.testing.assert_close(y, wanted(quantised, routing_map, probs))
     assert not torch.allclose(y, wanted(x, routing_map, probs), rtol=1e-4)
-    upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
+    upstream = random(*y.shape, seed=1) - 0.5
     y.backward(upstream)
     arrived = moe_ep.fp8.quantize(upstream[:, 0]).dequantize(torch.float32)[:, None]
     torch.testing.assert_close(x.grad, wanted(arrived, routing_map, probs))
@@ -315,8 +323,7 @@ def test_recompute_exchanges_no_routing() -> None:
         xs = [x.clone().requires_grad_() for x in inputs]
         ys = [layer(x)[0] for x in xs]
         for y in reversed(ys):
-            upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(17 + dist.get_rank()))
-            (y * upstream).sum().backward()
+            (y * layer_upstream(y)).sum().backward()
         with torch.no_grad():
             layer(inputs[0])
     finally:

@@ -78,7 +78,7 @@ def prepare(layer: torch.nn.Module, name: str) -> torch.nn.Module:
 
 
 def case_input(changes: dict[str, Any]) -> torch.Tensor:
-    return layer_input().to(changes.get("params_dtype", torch.float32))
+    return layer_input(dtype=changes.get("params_dtype", torch.float32))
 
 
 def run_with_wrong_backward() -> Tensors:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +18,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
-from megatron_models import LENGTH, VOCABULARY, deepseek_v3_config, gpt_arguments, make_gpt
+from megatron_models import LENGTH, VOCABULARY, deepseek_v3_config, device, gpt_arguments, make_gpt
 from megatron_on_cpu import CudaIsCpu
 
 from moe_ep.megatron import MoeEpLayer, MoeEpTokenDispatcher, install
@@ -33,8 +34,8 @@ def make_stock(**changes: Any) -> GPTModel:
     return make_gpt(deepseek_v3_config(**changes))
 
 
-def make_installed(**changes: Any) -> GPTModel:
-    model = install(make_stock(**changes))
+def make_installed(*, backend: str = "auto", **changes: Any) -> GPTModel:
+    model = install(make_stock(**changes), backend=backend)
     assert len(dispatchers(model)) == 3  # two layers and MTP's
     return model
 
@@ -51,6 +52,15 @@ MAKERS: dict[str, Callable[..., GPTModel]] = {
     "in spec": make_in_spec,
 }
 
+RECOMPUTES: dict[str, dict[str, Any]] = {
+    "full recompute": {
+        "recompute_granularity": "full",
+        "recompute_method": "uniform",
+        "recompute_num_layers": 1,
+    },
+    "recompute of MoE layers": {"recompute_granularity": "selective", "recompute_modules": ["moe"]},
+}
+
 
 def dispatchers(model: GPTModel) -> list[MoeEpTokenDispatcher]:
     found = [module.token_dispatcher for module in model.modules() if isinstance(module, MoELayer)]
@@ -59,17 +69,20 @@ def dispatchers(model: GPTModel) -> list[MoeEpTokenDispatcher]:
 
 def text(seed: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed + 100 * dist.get_rank())
-    return torch.randint(0, VOCABULARY, (2, LENGTH + 1), generator=generator)
+    return torch.randint(0, VOCABULARY, (2, LENGTH + 1), generator=generator, device="cpu")
 
 
 def run_all() -> tuple[dict[str, Training], dict[str, Gradients | str]]:
     parallel_state.initialize_model_parallel(expert_model_parallel_size=2)
-    return {name: train(make) for name, make in MAKERS.items()}, run_schedules()
+    trained = {name: train(make()) for name, make in MAKERS.items()}
+    for name, changes in RECOMPUTES.items():
+        trained[f"stock, {name}"] = train(make_stock(**changes))
+        trained[f"installed, {name}"] = train(make_installed(**changes))
+    return trained, run_schedules()
 
 
-def train(make: Callable[..., GPTModel]) -> Training:
+def train(model: GPTModel) -> Training:
     """The loss of every step, and a router's expert bias after them."""
-    model = make()
     ddp = DistributedDataParallel(model.config, DistributedDataParallelConfig(), model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     arguments, keywords = gpt_arguments(text(seed=7))
@@ -115,8 +128,8 @@ def make_misdeclared(**changes: Any) -> GPTModel:
 def schedule(make: Callable[..., GPTModel], **changes: Any) -> Gradients:
     MoEAuxLossAutoScaler.main_loss_backward_scale = None  # what another loop has left there has another shape
     half = {"bf16": True, "params_dtype": torch.bfloat16, "pipeline_dtype": torch.bfloat16}
-    model = make(moe_router_topk=2, **half, **changes)
-    with CudaIsCpu():
+    model = make(**{"moe_router_topk": 2, **half, **changes})
+    with CudaIsCpu() if device().type == "cpu" else contextlib.nullcontext():
         get_forward_backward_func()(
             forward_step_func=forward_step,
             data_iterator=iter([text(seed) for seed in range(MICRO_BATCHES)]),

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.extensions.transformer_engine import HAVE_TE
+from megatron.core.fp8_utils import get_fp8_context
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_mtp_block_spec
 from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
@@ -18,6 +20,17 @@ from moe_ep.megatron import use_in_spec
 HIDDEN, EXPERTS = 32, 8
 SEQUENCE, BATCH = 6, 2
 VOCABULARY, LENGTH = 128, 16
+
+
+USE_TE = HAVE_TE and torch.cuda.is_available()
+
+
+def device() -> torch.device:
+    return (
+        torch.device("cuda", torch.cuda.current_device())
+        if torch.cuda.is_available()
+        else torch.device("cpu")
+    )
 
 
 def layer_config(config_class: type = TransformerConfig, **changes: Any) -> TransformerConfig:
@@ -42,18 +55,18 @@ def layer_config(config_class: type = TransformerConfig, **changes: Any) -> Tran
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
         "normalization": "RMSNorm",
-        "use_cpu_initialization": True,
+        "use_cpu_initialization": not torch.cuda.is_available(),
     }
     return config_class(**{**settings, **changes})
 
 
 def make_layer(config: TransformerConfig, *, in_spec: bool = False) -> MoELayer:
     """A stock MoELayer, or a MoeEpLayer."""
-    spec = get_moe_module_spec(use_te=False, num_experts=config.num_moe_experts)
+    spec = get_moe_module_spec(USE_TE, config.num_moe_experts, moe_grouped_gemm=USE_TE)
     layer = (use_in_spec(spec) if in_spec else spec)(config=config)
     layer.set_layer_number(1)
     fill_parameters(layer)
-    return layer
+    return layer.to(device())
 
 
 def fill_parameters(module: torch.nn.Module) -> None:
@@ -61,23 +74,32 @@ def fill_parameters(module: torch.nn.Module) -> None:
     for name, parameter in module.named_parameters():
         of_expert = not getattr(parameter, "allreduce", True)
         seed = zlib.crc32(name.encode()) % 2**31 + (1000 * (dist.get_rank() + 1) if of_expert else 0)
-        values = 0.2 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed))
+        values = 0.2 * torch.randn(
+            parameter.shape, generator=torch.Generator().manual_seed(seed), device="cpu"
+        )
         with torch.no_grad():
             parameter.copy_(torch.ones_like(values) if "norm" in name else values)
 
 
-def layer_input(seed: int = 1) -> torch.Tensor:
+def layer_input(
+    seed: int = 1, shape: tuple[int, int, int] = (SEQUENCE, BATCH, HIDDEN), dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
     """``[S, B, H]``, another on every rank."""
     generator = torch.Generator().manual_seed(seed + dist.get_rank())
-    return torch.randn(SEQUENCE, BATCH, HIDDEN, generator=generator)
+    return torch.randn(shape, generator=generator, device="cpu").to(device(), dtype)
+
+
+def layer_upstream(y: torch.Tensor) -> torch.Tensor:
+    """What ``y [S, B, H]`` is multiplied by to make a loss."""
+    return layer_input(seed=17, shape=y.shape, dtype=y.dtype)
 
 
 def run_layer(layer: MoELayer, x: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
     """Output, and gradients of the input and of every parameter."""
     x = (layer_input() if x is None else x).clone().requires_grad_()
-    y, _ = layer(x)
-    upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(17 + dist.get_rank()))
-    (y * upstream).sum().backward()
+    with get_fp8_context(layer.config):
+        y, _ = layer(x)
+    (y * layer_upstream(y)).sum().backward()
     gradients = {name: parameter.grad for name, parameter in layer.named_parameters()}
     return {"output": y.detach(), "input": x.grad, **gradients}
 
@@ -121,8 +143,8 @@ def deepseek_v3_config(**changes: Any) -> MLATransformerConfig:
 
 
 def make_gpt(config: MLATransformerConfig, *, in_spec: bool = False) -> GPTModel:
-    block = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization="RMSNorm")
-    mtp = get_gpt_mtp_block_spec(config, block, use_transformer_engine=False)
+    block = get_gpt_decoder_block_spec(config, use_transformer_engine=USE_TE, normalization="RMSNorm")
+    mtp = get_gpt_mtp_block_spec(config, block, use_transformer_engine=USE_TE)
     if in_spec:
         block, mtp = use_in_spec(block), use_in_spec(mtp)
     model = GPTModel(
@@ -135,12 +157,13 @@ def make_gpt(config: MLATransformerConfig, *, in_spec: bool = False) -> GPTModel
         share_embeddings_and_output_weights=False,
     )
     fill_parameters(model)
-    return model
+    return model.to(device())
 
 
 def gpt_arguments(tokens: torch.Tensor) -> tuple[tuple, dict[str, torch.Tensor]]:
     """Of GPTModel's forward for ``tokens [B, LENGTH + 1]``."""
-    positions = torch.arange(LENGTH).expand(len(tokens), -1).contiguous()
-    mask = torch.ones(LENGTH, LENGTH, dtype=torch.bool).triu(1)[None, None]
-    loss_mask = torch.ones(len(tokens), LENGTH)
-    return (tokens[:, :-1], positions, mask), {"labels": tokens[:, 1:], "loss_mask": loss_mask}
+    tokens = tokens.to(device())
+    positions = torch.arange(LENGTH, device=tokens.device).expand(len(tokens), -1).contiguous()
+    loss_mask = torch.ones(len(tokens), LENGTH, device=tokens.device)
+    # No mask: attention is causal.
+    return (tokens[:, :-1], positions, None), {"labels": tokens[:, 1:], "loss_mask": loss_mask}

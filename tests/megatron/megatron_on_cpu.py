@@ -27,6 +27,11 @@ def call_with_megatron(path: str, args: tuple) -> Any:
     from megatron.core.models.backends import LocalSpecProvider
 
     LocalSpecProvider.core_attention = lambda self: CausalAttention
+    return call(path, args)
+
+
+def call(path: str, args: tuple) -> Any:
+    """Call "module.function", whose module only the called process imports."""
     module, function = path.rsplit(".", 1)
     return getattr(importlib.import_module(module), function)(*args)
 

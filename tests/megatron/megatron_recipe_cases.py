@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import contextlib
 import io
@@ -34,11 +35,19 @@ def run_all() -> dict[str, Any]:
     """By dispatcher, the training and evaluation losses (on the last rank; Megatron's log); and what sizes mean."""
     megatron_on_cpu.allow_training()
     results: dict[str, Any] = {
-        "sizes": {path.stem: describe(path.stem) for path in recipe.SIZES.glob("[!_]*.args")}
+        "printed": printed(),
+        "sizes": {path.stem: describe(path.stem) for path in recipe.SIZES.glob("[!_]*.args")},
     }
     for dispatcher, more in (("alltoall", []), ("moe_ep", []), ("moe_ep in FP8", ["--dispatch-fp8"])):
         results[dispatcher] = train("--dispatcher", dispatcher.split()[0], *more)
     return results
+
+
+def printed() -> str:
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text):
+        recipe.main(["--size", "deepseek-v3", "--print-arguments", "--lr", "1e-6"])
+    return text.getvalue()
 
 
 def train(*arguments: str) -> tuple[list[float], list[float]]:
@@ -61,7 +70,8 @@ def describe(size: str) -> dict[str, Any]:
     os.environ.update(WORLD_SIZE=str(ranks), CUDA_DEVICE_MAX_CONNECTIONS="32")
     transformer_config.is_te_min_version = lambda *_args, **_kwargs: True
     try:
-        sys.argv[1:] = recipe.expand_size(["--size", size])
+        own = recipe.add_arguments(argparse.ArgumentParser()).parse_args(["--size", size])
+        sys.argv[1:] = recipe.expand([], own)
         with contextlib.redirect_stdout(io.StringIO()):
             args = parse_args(recipe.add_arguments)
             validate_args(args)

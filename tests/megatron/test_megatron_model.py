@@ -9,10 +9,18 @@ def results(on_cpu_ranks):
     return on_cpu_ranks(2, "megatron_model_cases.run_all")
 
 
-@pytest.mark.parametrize("how", ["installed", "in spec"])
-def test_six_steps_give_the_same_losses(results, how):
+@pytest.mark.parametrize(
+    ("how", "stock"),
+    [
+        ("installed", "stock"),
+        ("in spec", "stock"),
+        ("installed, full recompute", "stock, full recompute"),
+        ("installed, recompute of MoE layers", "stock, recompute of MoE layers"),
+    ],
+)
+def test_six_steps_give_the_same_losses(results, how, stock):
     for by_maker, _ in results:
-        losses, bias = by_maker["stock"]
+        losses, bias = by_maker[stock]
         assert losses[-1] < 0.5 * losses[0]
         assert by_maker[how][0] == pytest.approx(losses, rel=1e-5)
         assert by_maker[how][1].equal(bias)

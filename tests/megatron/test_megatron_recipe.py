@@ -82,3 +82,11 @@ def test_deepseek_v3_has_the_published_layout(results):
     assert config["data_parallel_size"] == 64
     assert config["overlap_moe_expert_parallel_comm"] and config["delay_wgrad_compute"]
     assert config["fp8"] == "e4m3" and config["moe_router_padding_for_quantization"]
+
+
+def test_arguments_for_another_script(results):
+    words = results["printed"].split()
+    assert words[:2] == ["--multi-latent-attention", "--qk-layernorm"]
+    assert words[-2:] == ["--lr", "1e-6"]
+    assert words[words.index("--num-experts") + 1] == "256"
+    assert "--size" not in words and "--print-arguments" not in words

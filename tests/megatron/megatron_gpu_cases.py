@@ -1,0 +1,124 @@
+"""Megatron's layers and models on GPUs with Transformer Engine, with Megatron's dispatcher and with moe_ep's."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import megatron_dispatcher_cases
+import torch
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+from megatron_layer_cases import DEEPSEEK_ROUTING
+from megatron_model_cases import Gradients, make_installed, make_stock, schedule
+from megatron_models import device, layer_config, layer_input, make_layer, run_layer
+
+from moe_ep.megatron import DispatcherOptions, install
+
+SHAPE = 128, 2, 256  # sequence, batch, hidden
+BF16 = {"bf16": True, "params_dtype": torch.bfloat16}
+WIDE = {
+    **BF16,
+    **DEEPSEEK_ROUTING,
+    "hidden_size": SHAPE[2],
+    "ffn_hidden_size": 256,
+    "moe_ffn_hidden_size": 128,
+}
+SHARED = {"moe_shared_expert_intermediate_size": 128}
+FP8 = {"fp8": "e4m3", "fp8_recipe": "blockwise"}
+RECOMPUTE = {"recompute_granularity": "selective", "recompute_modules": ["moe"]}
+
+LAYERS: dict[str, dict[str, Any]] = {
+    "shared expert": SHARED,
+    "shared expert overlap": {**SHARED, "moe_shared_expert_overlap": True},
+    "capacity": {"moe_expert_capacity_factor": 0.5},
+    "padded to capacity": {"moe_expert_capacity_factor": 1.0, "moe_pad_expert_input_to_capacity": True},
+    "recompute": RECOMPUTE,
+    "FP8 experts": FP8,
+    "FP8 experts, padded by the router": {**FP8, "moe_router_padding_for_quantization": True},
+    "FP8 experts, recompute": {**FP8, **RECOMPUTE},
+}
+MODEL = {
+    "moe_grouped_gemm": True,
+    "hidden_size": 256,
+    "ffn_hidden_size": 512,
+    "moe_ffn_hidden_size": 128,
+    "moe_shared_expert_intermediate_size": 128,
+    "q_lora_rank": 128,
+    "kv_lora_rank": 128,
+    "qk_head_dim": 64,
+    "qk_pos_emb_head_dim": 64,
+    "v_head_dim": 64,
+    "moe_router_topk": 4,
+}
+
+Tensors = dict[str, torch.Tensor]
+
+
+def begin(world_size: int) -> None:
+    parallel_state.initialize_model_parallel(expert_model_parallel_size=world_size)
+    model_parallel_cuda_manual_seed(1)
+
+
+def run_layers(world_size: int, backend: str) -> dict[str, tuple[Tensors, Tensors]]:
+    """For each case what the stock layer and ours gave on this rank."""
+    begin(world_size)
+    results = {}
+    for name, changes in LAYERS.items():
+        x = layer_input(shape=SHAPE, dtype=torch.bfloat16)
+        settings = {**WIDE, **changes, "expert_model_parallel_size": world_size}
+        stock, ours = (make_layer(layer_config(**settings)) for _ in range(2))
+        install(ours, backend=backend)
+        results[name] = on_cpu(run_layer(stock, x)), on_cpu(run_layer(ours, x))
+        assert ours.token_dispatcher.comm.backend == backend
+    return results
+
+
+def run_schedules(backend: str) -> dict[str, Gradients]:
+    """Gradients after three micro-batches, by dispatcher and schedule."""
+    begin(2)
+    overlap = {"overlap_moe_expert_parallel_comm": True}
+    results = {}
+    for name, make in (("stock", make_stock), ("moe_ep", partial(make_installed, backend=backend))):
+        results[name] = on_cpu(schedule(make, **MODEL))
+        results[f"{name}, overlap"] = on_cpu(schedule(make, **MODEL, **overlap))
+        delayed = schedule(make, **MODEL, **overlap, delay_wgrad_compute=True)
+        results[f"{name}, overlap and delayed wgrad"] = on_cpu(delayed)
+    return results
+
+
+def run_graph() -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Outputs of a captured graph replayed with other tokens and routings, and what they should be."""
+    parallel_state.initialize_model_parallel(expert_model_parallel_size=2)
+    cases = megatron_dispatcher_cases
+    num_tokens = 64
+    options = DispatcherOptions(backend="nvlink")
+    with device():
+        dispatcher = cases.make_dispatcher(
+            options, moe_expert_capacity_factor=8.0, moe_pad_expert_input_to_capacity=True
+        )
+        inputs = []
+        for seed in (3, 40, 70):
+            routing_map, probs = cases.routing(num_tokens, seed=seed)
+            inputs.append(
+                (cases.random(num_tokens, 1, cases.HIDDEN, seed=seed), routing_map, probs * routing_map)
+            )
+        static = [tensor.clone() for tensor in inputs[0]]
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream), torch.no_grad():
+            cases.drive(dispatcher, *static)  # makes the communicator
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=stream):
+                y = cases.drive(dispatcher, *static)[0]
+            results = []
+            for given in inputs:
+                for tensor, value in zip(static, given, strict=True):
+                    tensor.copy_(value)
+                graph.replay()
+                results.append((y.cpu(), cases.wanted(*given).cpu()))
+        torch.cuda.synchronize()
+    return results
+
+
+def on_cpu(tensors: Tensors) -> Tensors:
+    return {name: None if tensor is None else tensor.detach().cpu() for name, tensor in tensors.items()}
