@@ -12,11 +12,11 @@ backward. Hence:
 
 from __future__ import annotations
 
-import weakref
 from dataclasses import replace
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.moe_utils import get_align_size_for_quantization, get_capacity
 from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -26,6 +26,7 @@ import moe_ep
 from ..errors import InvalidInput
 from .communicators import shared_communicator
 from .options import DispatcherOptions, check_config
+from .recompute import RecomputeCache
 from .routing import TOO_MANY, block_order, fold_tensor_parallel, topk_indices
 
 
@@ -75,7 +76,11 @@ class MoeEpTokenDispatcher(MoETokenDispatcher):
 
         self.cudagraph_attrs = ["topk_idx"]
         self._comm_manager = _ScheduleInterface(self)
-        self._recompute = _RecomputeCache() if _recomputes_layer(config) else None
+        self._recompute: RecomputeCache | None = None
+
+    def remember_handles_of(self, layer: MoELayer) -> None:
+        """``layer`` runs its forward again in backward: use the first one's routing there."""
+        self._recompute = RecomputeCache(layer)
 
     # -- before the experts
 
@@ -104,7 +109,7 @@ class MoeEpTokenDispatcher(MoETokenDispatcher):
         if weights.dtype in (torch.bfloat16, torch.float16):
             weights = weights.float()
         if self._recompute is not None:
-            self._recompute.expect(hidden_states, self.topk_idx)
+            self._recompute.begin(hidden_states, self.topk_idx)
         return hidden_states.reshape(num_tokens, hidden_states.shape[-1]), weights
 
     def token_dispatch(
@@ -130,9 +135,8 @@ class MoeEpTokenDispatcher(MoETokenDispatcher):
         self, hidden_states: torch.Tensor, probs: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Rows ``[R, H]``, rows of each expert ``[L]``, probabilities ``[R]``."""
-        if (
-            hidden_states.is_cuda
-        ):  # they were made on the stream of `token_dispatch`, and the experts keep them
+        if hidden_states.is_cuda:
+            # They were made on the stream of `token_dispatch`; the experts keep them until their backward.
             stream = torch.cuda.current_stream()
             hidden_states.record_stream(stream)
             probs.record_stream(stream)
@@ -252,38 +256,6 @@ class _ScheduleInterface:
 
     def get_number_of_tokens_per_expert(self) -> torch.Tensor | None:
         return self._dispatcher.tokens_per_expert
-
-
-class _RecomputeCache:
-    """Handles of layers whose forward runs again in backward, where the same routing need not be exchanged again.
-
-    The first forward runs without gradients, the second with them, both on the same stored input; an entry lives as
-    long as that input.
-    """
-
-    def __init__(self) -> None:
-        self._entries: weakref.WeakKeyDictionary[torch.UntypedStorage, tuple] = weakref.WeakKeyDictionary()
-        self._expected: tuple[torch.UntypedStorage, torch.Tensor] | None = None
-
-    def take(self, x: torch.Tensor) -> tuple[torch.Tensor, moe_ep.DispatchHandle] | tuple[None, None]:
-        """``(topk_idx, handle)`` of the first forward on ``x`` if this is the second."""
-        if not torch.is_grad_enabled():
-            return None, None
-        return self._entries.pop(x.untyped_storage(), (None, None))
-
-    def expect(self, x: torch.Tensor, topk_idx: torch.Tensor) -> None:
-        """A first forward on ``x`` has begun."""
-        self._expected = None if torch.is_grad_enabled() else (x.untyped_storage(), topk_idx)
-
-    def remember(self, handle: moe_ep.DispatchHandle) -> None:
-        if self._expected is not None:
-            storage, topk_idx = self._expected
-            self._expected = None
-            self._entries[storage] = topk_idx, handle
-
-
-def _recomputes_layer(config: TransformerConfig) -> bool:
-    return config.recompute_granularity == "selective" and "moe" in config.recompute_modules
 
 
 def _quantization_alignment(config: TransformerConfig) -> int:

@@ -99,6 +99,8 @@ def _make_dispatcher(layer: MoELayer, options: DispatcherOptions) -> MoeEpTokenD
 def _use(layer: MoELayer, dispatcher: MoeEpTokenDispatcher) -> None:
     if layer.use_shared_expert and layer.shared_expert_overlap:
         dispatcher.set_shared_experts(layer.shared_experts)
+    if layer.moe_layer_recompute:
+        dispatcher.remember_handles_of(layer)
     layer.token_dispatcher = dispatcher
     if hasattr(layer, "_training_token_dispatcher"):  # of transformer_impl="inference_optimized"
         layer._training_token_dispatcher = dispatcher

@@ -324,15 +324,23 @@ def test_recompute_exchanges_no_routing() -> None:
         ys = [layer(x)[0] for x in xs]
         for y in reversed(ys):
             (y * layer_upstream(y)).sum().backward()
+        layer.eval()
         with torch.no_grad():
             layer(inputs[0])
+        layer(inputs[0].requires_grad_())
     finally:
         moe_ep.ops.plan = original
-    assert len(exchanges) == 3  # two first forwards, and the one without backward
+    assert len(exchanges) == 4  # two first forwards, and the two that are not recomputed
     for x, gradient in zip(xs, expected, strict=True):
         torch.testing.assert_close(x.grad, gradient)
-    del xs, x, ys, y
-    assert not dict(layer.token_dispatcher._recompute._entries).keys() - {inputs[0].untyped_storage()}
+    entries = layer.train().token_dispatcher._recompute._entries
+    assert not entries
+    with torch.no_grad():
+        x = layer_input(seed=9)
+        layer(x)
+    assert len(entries) == 1
+    del x  # no backward will come
+    assert not entries
 
 
 @case
