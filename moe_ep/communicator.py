@@ -143,9 +143,8 @@ class Communicator:
             )
             if tuned is not None:
                 return min(tuned, available)
-        work = sm_model.Work(
-            op, layout, element_size * self.hidden, num_tokens, self.num_topk, self.num_experts, self.size
-        )
+        shape = nvlink.Shape(self.hidden, self.max_tokens_per_rank, self.num_experts, self.num_topk)
+        work = shape.work(op, layout, element_size, num_tokens, self.size)
         return sm_model.choose_num_sms(work, available, overlapped)
 
     def barrier(self) -> None:
@@ -292,7 +291,7 @@ def _make_virtual_on_gpu(
     choose_num_sms: nvlink.ChooseNumSms,
 ) -> Backend:
     device = group.device
-    missing = windows.why_unavailable(members, device)
+    missing = windows.why_not_here(device)
     if missing is not None:
         raise BackendUnavailable(f"virtual ranks can't run on {device}: {missing}")
     kernels = _extension.load()

@@ -13,7 +13,7 @@ import torch
 from . import env
 from .backends.base import Part, Routing, RoutingSpec
 from .communicator import find
-from .validate import check_ids
+from .ids import check_ids
 
 SpecNumbers = tuple[int, str, int, int | None]
 

@@ -22,6 +22,8 @@ LOAD_GBPS = 170.0
 """What one SM loads."""
 SLACK = 0.75
 OVERLAPPED_SMS = 24
+WARPS = 12
+"""Of a kernel, on each multiprocessor: a warp that sends keeps to one peer where rings are short."""
 _STEP = 4
 
 
@@ -72,3 +74,12 @@ def choose_num_sms(work: Work, available: int, overlapped: bool = False) -> int:
         if work.sm_us(num_sms) <= SLACK * work.link_us():
             return num_sms
     return limit
+
+
+def split(work: Work, num_sms: int) -> tuple[int, int]:
+    """Multiprocessors of a kernel, at least 2 where there are peers, and how many of them send."""
+    if work.num_ranks == 1:
+        return num_sms, 0
+    num_sms = max(2, num_sms)
+    share = num_sms // 3 if work.op == "dispatch" else num_sms // 2
+    return num_sms, max(1, min(share, 24), -(-(work.num_ranks - 1) // WARPS))

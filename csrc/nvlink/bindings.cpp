@@ -152,7 +152,7 @@ void bind(py::module_& module) {
            [](const Communicator& self, Address rows, int64_t row_bytes, Address scales, int scale_words,
               float scale_padding, Address weights, Address tables, Address out_rows, Address out_scales,
               Address out_weights, int64_t num_rows, bool expert_layout, bool has_padding, int num_blocks,
-              Address stream) {
+              int send_blocks, Address stream) {
              const Dispatch dispatch{pointer<char>(rows),
                                      row_bytes,
                                      pointer<float>(scales),
@@ -167,28 +167,30 @@ void bind(py::module_& module) {
                                      expert_layout,
                                      has_padding,
                                      num_blocks,
+                                     send_blocks,
                                      pointer<CUstream_st>(stream)};
              self.launch([&](const Group& group) { return launch_dispatch(group, dispatch); });
            })
-      .def("combine",
-           [](const Communicator& self, Address rows, DType dtype, int64_t row_bytes, Address row_weights,
-              Address bias_0, Address bias_1, Address tables, int num_tokens, Address out,
-              Address out_weights, int64_t num_rows, bool expert_layout, int num_blocks, Address stream) {
-             const Combine combine{pointer<char>(rows),
-                                   dtype,
-                                   row_bytes,
-                                   pointer<float>(row_weights),
-                                   {pointer<char>(bias_0), pointer<char>(bias_1)},
-                                   pointer<int>(tables),
-                                   num_tokens,
-                                   pointer<char>(out),
-                                   pointer<float>(out_weights),
-                                   num_rows,
-                                   expert_layout,
-                                   num_blocks,
-                                   pointer<CUstream_st>(stream)};
-             self.launch([&](const Group& group) { return launch_combine(group, combine); });
-           });
+      .def("combine", [](const Communicator& self, Address rows, DType dtype, int64_t row_bytes,
+                         Address row_weights, Address bias_0, Address bias_1, Address tables, int num_tokens,
+                         Address out, Address out_weights, int64_t num_rows, bool expert_layout,
+                         int num_blocks, int send_blocks, Address stream) {
+        const Combine combine{pointer<char>(rows),
+                              dtype,
+                              row_bytes,
+                              pointer<float>(row_weights),
+                              {pointer<char>(bias_0), pointer<char>(bias_1)},
+                              pointer<int>(tables),
+                              num_tokens,
+                              pointer<char>(out),
+                              pointer<float>(out_weights),
+                              num_rows,
+                              expert_layout,
+                              num_blocks,
+                              send_blocks,
+                              pointer<CUstream_st>(stream)};
+        self.launch([&](const Group& group) { return launch_combine(group, combine); });
+      });
 }
 
 }  // namespace moe_ep::nvlink

@@ -21,6 +21,7 @@ struct Combine {
   int64_t num_rows;                // N
   bool expert_layout;
   int num_blocks;
+  int send_blocks;  // of these; 0 in a group of one rank, else enough for a warp for each peer
   cudaStream_t stream;
 };
 

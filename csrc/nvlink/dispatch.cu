@@ -1,175 +1,379 @@
 #include "nvlink/dispatch.h"
 
+#include <algorithm>
+
 #include "nvlink/plan_tables.h"
 #include "nvlink/rows.cuh"
 
 namespace moe_ep::nvlink {
 namespace {
 
-constexpr int kWarps = 24;
-constexpr int kSendWarps = 8;
-constexpr int kMaxSendBlocks = 32;  // enough for the link; more would only hold up local traffic
-constexpr int kVectors = 7;         // 16-byte words that a lane moves at a time
+constexpr int kWarps = 8;
+constexpr int kMaxStages = 8;
+constexpr int kSegmentBytes = 7168;
+constexpr int kSharedBytes = 226 * 1024;
+using RowBelt = Belt<true>;
+constexpr int kNumbers = 2;  // of a row's scales and weights, that a lane loads ahead
 
 struct Launch {
   Dispatch dispatch;
   Slots slots;
-  int send_blocks;
+  BeltShape belt;
 };
 
-struct Mover {
+// What all jobs know.
+struct Context {
   const Group& group;
-  const Launch& launch;
   const Dispatch& dispatch;
+  const Slots& slots;
   const PlanTables tables;
   const Call call;
-  const Crew crew;
   const int lane;
   const int vectors;
+  const int weight_words;
 
-  __device__ Mover(const Group& group, const Launch& launch, Call call)
+  __device__ Context(const Group& group, const Launch& launch, Call call)
       : group(group),
-        launch(launch),
         dispatch(launch.dispatch),
+        slots(launch.slots),
         tables(const_cast<int*>(launch.dispatch.tables), group),
         call(call),
-        crew(launch.send_blocks, kSendWarps),
         lane(threadIdx.x % 32),
-        vectors(static_cast<int>(launch.dispatch.row_bytes / 16)) {}
+        vectors(static_cast<int>(launch.dispatch.row_bytes / 16)),
+        weight_words(launch.dispatch.weights == nullptr ? 0 : group.num_topk) {}
 
-  // The longest list among those of other ranks, in chunks.
-  __device__ int most_chunks(const int* counts) const {
-    int most = 0;
-    for (int rank = lane; rank < group.size; rank += 32) {
-      if (rank != group.rank) most = max(most, (counts[rank] + kChunk - 1) / kChunk);
-    }
-    return __reduce_max_sync(kAllLanes, most);
+  __device__ Rows one_row(const char* row) const { return {row, 1u}; }
+
+  __device__ const char* row_of(int64_t token) const { return dispatch.rows + token * dispatch.row_bytes; }
+
+  // Number i that travels with a token: scales, then weights.
+  __device__ float number_of(int64_t token, int i) const {
+    return i < dispatch.scale_words
+               ? __ldcg(dispatch.scales + token * dispatch.scale_words + i)
+               : __ldcg(dispatch.weights + token * group.num_topk + i - dispatch.scale_words);
   }
 
-  __device__ int peer_of(int task) const { return (group.rank + 1 + task % (group.size - 1)) % group.size; }
+  __device__ int numbers() const { return dispatch.scale_words + weight_words; }
+};
 
-  __device__ void send() const {
-    const int tasks = most_chunks(tables.send_count) * (group.size - 1);
-    for (int task = crew.index; task < tasks; task += crew.size) {
-      const int peer = peer_of(task);
-      const int first = task / (group.size - 1) * kChunk;
-      const int rows = min(kChunk, tables.send_count[peer] - first);
-      if (rows <= 0) continue;
-      const int* tokens = tables.send_tokens + static_cast<int64_t>(peer) * group.max_tokens + first;
-      const int token_of_lane = lane < rows ? tokens[lane] : 0;
-      if (!warp_wait_drained(group, launch.slots, call, peer, first, Phase::dispatch_send)) return;
-      const Ring ring(group, peer, group.rank);
-      for (int i = 0; i < rows; ++i) {
-        const int64_t token = __shfl_sync(kAllLanes, token_of_lane, i);
-        char* slot = ring.slot(launch.slots, first + i);
-        warp_place_row<kVectors>(dispatch.rows + token * dispatch.row_bytes, vectors, slot, 0, 0, 1u);
-        float* numbers = reinterpret_cast<float*>(slot + dispatch.row_bytes);
-        for (int at = lane; at < dispatch.scale_words; at += 32) {
-          numbers[at] = __ldcg(dispatch.scales + token * dispatch.scale_words + at);
-        }
-        if (dispatch.weights != nullptr && lane < group.num_topk) {
-          numbers[dispatch.scale_words + lane] = __ldcg(dispatch.weights + token * group.num_topk + lane);
-        }
+// This rank's tokens in the order in which they are sent: those of other ranks, or its own.
+class TokenChunks {
+ public:
+  __device__ TokenChunks(const Context& context, bool own, TaskKind kind, const Crew& crew)
+      : context_(context),
+        chunks_(context.group, context.tables.send_count, own, context.group.workspace->tasks + kind, crew) {
+    tokens_ = tokens_of(chunks_.current());
+    next_tokens_ = tokens_of(chunks_.next());
+  }
+
+  __device__ bool at_end() const { return chunks_.at_end(); }
+  __device__ Chunks::Chunk current() const { return chunks_.current(); }
+  __device__ int place() const { return place_; }
+  __device__ int token() const { return __shfl_sync(kAllLanes, tokens_, place_); }
+
+  __device__ void advance() {
+    if (++place_ < chunks_.current().rows) return;
+    place_ = 0;
+    const Chunks::Chunk expected = chunks_.next();
+    chunks_.advance();
+    const Chunks::Chunk chunk = chunks_.current();
+    const bool known = chunk.rank == expected.rank && chunk.first == expected.first;
+    tokens_ = known ? next_tokens_ : tokens_of(chunk);
+    next_tokens_ = tokens_of(chunks_.next());
+  }
+
+ private:
+  // One in each lane.
+  __device__ int tokens_of(const Chunks::Chunk& chunk) const {
+    const int64_t pair = static_cast<int64_t>(chunk.rank) * context_.group.max_tokens + chunk.first;
+    return context_.lane < chunk.rows ? context_.tables.send_tokens[pair + context_.lane] : 0;
+  }
+
+  const Context& context_;
+  Chunks chunks_;
+  int place_ = 0;
+  int tokens_;
+  int next_tokens_;
+};
+
+// Fills the rings of peers with this rank's tokens.
+struct Send {
+  struct Item {
+    Rows rows;
+    int64_t token;
+    int peer, index;
+    bool ends_chunk;
+    float numbers[kNumbers];
+  };
+
+  const Context& context;
+  TokenChunks chunks;
+  Announcer announcer;
+
+  __device__ Send(const Context& context, const Crew& crew)
+      : context(context), chunks(context, false, kSending, crew) {}
+
+  __device__ Fetched fetch(Item& item, bool wait) {
+    if (chunks.at_end()) return Fetched::none;
+    const Chunks::Chunk chunk = chunks.current();
+    const int round = chunk.first / context.slots.rows;
+    if (chunks.place() == 0 && round > 0) {  // that the first round may begin is known
+      if (wait) announcer.flush();
+      const Fetched drained =
+          warp_fetch_drained(context.group, context.call, chunk.rank, round, Phase::dispatch_send, wait);
+      if (drained != Fetched::ready) return drained;
+    }
+    item.token = chunks.token();
+    item.rows = context.one_row(context.row_of(item.token));
+    item.peer = chunk.rank;
+    item.index = chunk.first + chunks.place();
+    item.ends_chunk = chunks.place() + 1 == chunk.rows;
+#pragma unroll
+    for (int i = 0; i < kNumbers; ++i) {
+      const int at = context.lane + 32 * i;
+      item.numbers[i] = at < context.numbers() ? context.number_of(item.token, at) : 0.0f;
+    }
+    chunks.advance();
+    return Fetched::ready;
+  }
+
+  template <typename LoadAhead>
+  __device__ void process(const Item& item, RowBelt& belt, LoadAhead& load_ahead) {
+    const Ring ring(context.group, item.peer, context.group.rank);
+    char* slot = ring.slot(context.slots, item.index);
+    for (int begin = 0; begin < belt.row_bytes(); begin += belt.segment_bytes()) {
+      load_ahead();
+      char* stage = belt.take();
+      int bytes = belt.bytes_from(begin);
+      if (begin + bytes == belt.row_bytes() && context.numbers()) {
+        write_numbers(item, reinterpret_cast<float*>(stage + bytes));
+        bytes += static_cast<int>(align16(4 * context.numbers()));
       }
-      warp_announce(ring, launch.slots, call, first);
-    }
-  }
-
-  // Puts arrival `arrival` of `source`, whose row, scales and weights lie at the addresses given, in its
-  // places.
-  __device__ void place(int source, int arrival, const char* row, const float* scales,
-                        const float* weights) const {
-    const int64_t pair = static_cast<int64_t>(source) * group.max_tokens + arrival;
-    const int at = lane < group.num_topk ? tables.arrival_rows[pair * group.num_topk + lane] : -1;
-    const float weight = dispatch.weights != nullptr && lane < group.num_topk ? __ldcg(weights + lane) : 0.0f;
-    const unsigned int here = __ballot_sync(kAllLanes, at >= 0);
-    if (!here) return;
-    const unsigned int copies = dispatch.expert_layout ? here : here & -here;
-    warp_place_row<kVectors>(row, vectors, dispatch.out_rows, dispatch.row_bytes, at, copies);
-    for (int begin = 0; begin < dispatch.scale_words; begin += 32) {
-      const bool inside = begin + lane < dispatch.scale_words;
-      const float scale = inside ? __ldcg(scales + begin + lane) : 0.0f;
-      for (unsigned int left = copies; left; left &= left - 1) {
-        const int64_t to = __shfl_sync(kAllLanes, at, __ffs(left) - 1);
-        if (inside) dispatch.out_scales[to * dispatch.scale_words + begin + lane] = scale;
+      if (context.lane == 0) {
+        bulk::store(slot + begin, stage, bytes);
+        bulk::close_group();
       }
+      announcer.count_group();
     }
-    if (dispatch.weights == nullptr) return;
-    if (dispatch.expert_layout) {
-      if (at >= 0) dispatch.out_weights[at] = weight;
-    } else {
-      const int64_t to = __shfl_sync(kAllLanes, at, __ffs(here) - 1);
-      if (lane < group.num_topk) dispatch.out_weights[to * group.num_topk + lane] = at >= 0 ? weight : 0.0f;
-    }
+    if (item.ends_chunk) announcer.end_chunk(ring, context.slots, context.call, item.index / kChunk * kChunk);
   }
 
-  __device__ void receive_own() const {
-    const int count = tables.send_count[group.rank];
-    const int* tokens = tables.send_tokens + static_cast<int64_t>(group.rank) * group.max_tokens;
-    for (int arrival = crew.index; arrival < count; arrival += crew.size) {
-      const int64_t token = tokens[arrival];
-      place(group.rank, arrival, dispatch.rows + token * dispatch.row_bytes,
-            dispatch.scales + token * dispatch.scale_words, dispatch.weights + token * group.num_topk);
+  // Behind the row, to leave with it.
+  __device__ void write_numbers(const Item& item, float* numbers) const {
+#pragma unroll
+    for (int i = 0; i < kNumbers; ++i) {
+      const int at = context.lane + 32 * i;
+      if (at < context.numbers()) numbers[at] = item.numbers[i];
     }
-  }
-
-  __device__ void receive() const {
-    const int tasks = most_chunks(tables.recv_count) * (group.size - 1);
-    for (int task = crew.index; task < tasks; task += crew.size) {
-      const int source = peer_of(task);
-      const int first = task / (group.size - 1) * kChunk;
-      const int count = tables.recv_count[source];
-      const int rows = min(kChunk, count - first);
-      if (rows <= 0) continue;
-      const Ring ring(group, group.rank, source);
-      if (!warp_wait_arrived(group, ring, launch.slots, call, source, first, Phase::dispatch_receive)) return;
-      for (int i = 0; i < rows; ++i) {
-        const char* slot = ring.slot(launch.slots, first + i);
-        const float* numbers = reinterpret_cast<const float*>(slot + dispatch.row_bytes);
-        place(source, first + i, slot, numbers, numbers + dispatch.scale_words);
-      }
-      warp_consume(group, launch.slots, call, source, rows, count);
+    for (int at = context.lane + 32 * kNumbers; at < context.numbers(); at += 32) {
+      numbers[at] = context.number_of(item.token, at);
     }
-  }
-
-  __device__ void clear(int64_t row) const {
-    uint4* to = reinterpret_cast<uint4*>(dispatch.out_rows + row * dispatch.row_bytes);
-    for (int i = lane; i < vectors; i += 32) to[i] = make_uint4(0, 0, 0, 0);
-    for (int i = lane; i < dispatch.scale_words; i += 32) {
-      dispatch.out_scales[row * dispatch.scale_words + i] = dispatch.scale_padding;
-    }
-    if (dispatch.weights == nullptr) return;
-    const int width = dispatch.expert_layout ? 1 : group.num_topk;
-    if (lane < width) dispatch.out_weights[row * width + lane] = 0.0f;
-  }
-
-  // Rows without a token: between experts, and behind all.
-  __device__ void clear_padding() const {
-    int64_t end = tables.recv_start[group.size];
-    if (dispatch.expert_layout) {
-      for (int expert = crew.index; expert < group.num_local; expert += crew.size) {
-        const int64_t next = min(static_cast<int64_t>(tables.expert_begin[expert + 1]), dispatch.num_rows);
-        for (int64_t row = tables.expert_begin[expert] + tables.expert_count[expert]; row < next; ++row)
-          clear(row);
-      }
-      end = tables.expert_begin[group.num_local];
-    }
-    for (int64_t row = end + crew.index; row < dispatch.num_rows; row += crew.size) clear(row);
+    bulk::fence_shared();
+    __syncwarp();
   }
 };
+
+// Puts arrivals where the plan wants them; `Source` says which and where they lie.
+template <typename Source>
+struct Receive {
+  struct Item {
+    Rows rows;
+    typename Source::Arrival arrival;
+    int place;  // of this lane's k: its row, or -1
+    float numbers[kNumbers];
+  };
+
+  const Context& context;
+  Source source;
+
+  __device__ Receive(const Context& context, const Crew& crew) : context(context), source(context, crew) {}
+
+  __device__ Fetched fetch(Item& item, bool wait) {
+    const Fetched fetched = source.fetch(item.arrival, wait);
+    if (fetched != Fetched::ready) return fetched;
+    const int num_topk = context.group.num_topk;
+    const int64_t pair =
+        static_cast<int64_t>(item.arrival.rank) * context.group.max_tokens + item.arrival.index;
+    item.place = context.lane < num_topk ? context.tables.arrival_rows[pair * num_topk + context.lane] : -1;
+    item.rows = context.one_row(source.row(item.arrival));
+#pragma unroll
+    for (int i = 0; i < kNumbers; ++i) {
+      const int at = context.lane + 32 * i;
+      item.numbers[i] = at < context.numbers() ? source.number(item.arrival, at) : 0.0f;
+    }
+    return Fetched::ready;
+  }
+
+  template <typename LoadAhead>
+  __device__ void process(const Item& item, RowBelt& belt, LoadAhead& load_ahead) {
+    const Dispatch& dispatch = context.dispatch;
+    const int lane = context.lane;
+    const unsigned int here = __ballot_sync(kAllLanes, item.place >= 0);
+    const unsigned int copies = dispatch.expert_layout ? here : here & -here;
+    for (int begin = 0; begin < belt.row_bytes(); begin += belt.segment_bytes()) {
+      load_ahead();
+      const char* stage = belt.take();
+      for (unsigned int left = copies; left; left &= left - 1) {
+        const int64_t row = __shfl_sync(kAllLanes, item.place, __ffs(left) - 1);
+        if (lane == 0) {
+          bulk::store(dispatch.out_rows + row * dispatch.row_bytes + begin, stage, belt.bytes_from(begin));
+        }
+      }
+      if (lane == 0) bulk::close_group();
+    }
+    for (unsigned int left = copies; left; left &= left - 1) {
+      const int64_t row = __shfl_sync(kAllLanes, item.place, __ffs(left) - 1);
+      float* scales = dispatch.out_scales + row * dispatch.scale_words;
+#pragma unroll
+      for (int i = 0; i < kNumbers; ++i) {
+        if (lane + 32 * i < dispatch.scale_words) scales[lane + 32 * i] = item.numbers[i];
+      }
+      for (int at = lane + 32 * kNumbers; at < dispatch.scale_words; at += 32) {
+        scales[at] = source.number(item.arrival, at);
+      }
+    }
+    if (context.weight_words && here) place_weights(item, here);
+    source.finish(item.arrival);
+  }
+
+  __device__ void place_weights(const Item& item, unsigned int here) const {
+    const int num_topk = context.group.num_topk, lane = context.lane;
+    const float weight =
+        lane < num_topk ? source.number(item.arrival, context.dispatch.scale_words + lane) : 0.0f;
+    if (context.dispatch.expert_layout) {
+      if (item.place >= 0) context.dispatch.out_weights[item.place] = weight;
+      return;
+    }
+    const int64_t row = __shfl_sync(kAllLanes, item.place, __ffs(here) - 1);
+    if (lane < num_topk)
+      context.dispatch.out_weights[row * num_topk + lane] = item.place >= 0 ? weight : 0.0f;
+  }
+};
+
+struct Arrival {
+  int rank, index;
+  int token;  // of this rank's own
+  int chunk;  // rows of the chunk that ends with this one, or 0
+};
+
+// This rank's own tokens.
+struct OwnTokens {
+  using Arrival = nvlink::Arrival;
+  const Context& context;
+  TokenChunks chunks;
+
+  __device__ OwnTokens(const Context& context, const Crew& crew)
+      : context(context), chunks(context, true, kOwn, crew) {}
+
+  __device__ Fetched fetch(Arrival& arrival, bool) {
+    if (chunks.at_end()) return Fetched::none;
+    arrival = {context.group.rank, chunks.current().first + chunks.place(), chunks.token(), 0};
+    chunks.advance();
+    return Fetched::ready;
+  }
+
+  __device__ const char* row(const Arrival& arrival) const { return context.row_of(arrival.token); }
+  __device__ float number(const Arrival& arrival, int i) const { return context.number_of(arrival.token, i); }
+  __device__ void finish(const Arrival&) const {}
+};
+
+// What the other ranks send.
+struct PeersTokens {
+  using Arrival = nvlink::Arrival;
+  const Context& context;
+  Chunks chunks;
+  int place = 0;
+
+  __device__ PeersTokens(const Context& context, const Crew& crew)
+      : context(context),
+        chunks(context.group, context.tables.recv_count, false, context.group.workspace->tasks + kReceiving,
+               crew) {}
+
+  __device__ Fetched fetch(Arrival& arrival, bool wait) {
+    if (chunks.at_end()) return Fetched::none;
+    const Chunks::Chunk chunk = chunks.current();
+    if (place == 0) {
+      const Ring ring(context.group, context.group.rank, chunk.rank);
+      const Fetched arrived = warp_fetch_arrived(context.group, ring, context.slots, context.call, chunk.rank,
+                                                 chunk.first, Phase::dispatch_receive, wait);
+      if (arrived != Fetched::ready) return arrived;
+    }
+    const bool ends_chunk = place + 1 == chunk.rows;
+    arrival = {chunk.rank, chunk.first + place, 0, ends_chunk ? chunk.rows : 0};
+    place = ends_chunk ? 0 : place + 1;
+    if (ends_chunk) chunks.advance();
+    return Fetched::ready;
+  }
+
+  __device__ const char* row(const Arrival& arrival) const {
+    return Ring(context.group, context.group.rank, arrival.rank).slot(context.slots, arrival.index);
+  }
+
+  __device__ float number(const Arrival& arrival, int i) const {
+    return __ldcg(reinterpret_cast<const float*>(row(arrival) + context.dispatch.row_bytes) + i);
+  }
+
+  __device__ void finish(const Arrival& arrival) const {
+    if (arrival.chunk == 0) return;
+    warp_consume(context.group, context.slots, context.call, arrival.rank, arrival.chunk,
+                 context.tables.recv_count[arrival.rank]);
+  }
+};
+
+__device__ void clear_row(const Context& context, int64_t row) {
+  const Dispatch& dispatch = context.dispatch;
+  uint4* to = reinterpret_cast<uint4*>(dispatch.out_rows + row * dispatch.row_bytes);
+  for (int i = context.lane; i < context.vectors; i += 32) to[i] = make_uint4(0, 0, 0, 0);
+  for (int i = context.lane; i < dispatch.scale_words; i += 32) {
+    dispatch.out_scales[row * dispatch.scale_words + i] = dispatch.scale_padding;
+  }
+  if (dispatch.weights == nullptr) return;
+  const int width = dispatch.expert_layout ? 1 : context.group.num_topk;
+  if (context.lane < width) dispatch.out_weights[row * width + context.lane] = 0.0f;
+}
+
+// Rows without a token: between experts, and behind all.
+__device__ void clear_padding(const Context& context, const Crew& crew) {
+  const PlanTables& tables = context.tables;
+  const int64_t num_rows = context.dispatch.num_rows;
+  int64_t end = tables.recv_start[context.group.size];
+  if (context.dispatch.expert_layout) {
+    for (int expert = crew.index; expert < context.group.num_local; expert += crew.size) {
+      const int64_t next = min(static_cast<int64_t>(tables.expert_begin[expert + 1]), num_rows);
+      for (int64_t row = tables.expert_begin[expert] + tables.expert_count[expert]; row < next; ++row) {
+        clear_row(context, row);
+      }
+    }
+    end = tables.expert_begin[context.group.num_local];
+  }
+  for (int64_t row = end + crew.index; row < num_rows; row += crew.size) clear_row(context, row);
+}
 
 __global__ void __launch_bounds__(32 * kWarps, 1)
     dispatch_kernel(const __grid_constant__ Group group, const __grid_constant__ Launch launch) {
+  extern __shared__ __align__(128) char memory[];
+  __shared__ uint64_t barriers[kWarps][kMaxStages];
   if (has_failed(group)) return;
   const Call call{load_volatile(&group.workspace->calls)};
-  const Mover mover(group, launch, call);
-  if (mover.crew.sends) {
-    if (group.size > 1) mover.send();
-  } else {
-    mover.receive_own();
-    if (launch.dispatch.has_padding) mover.clear_padding();
-    if (group.size > 1) mover.receive();
+  const Context context(group, launch, call);
+  const Crew crew(launch.dispatch.send_blocks);
+  const int warp = threadIdx.x / 32;
+  RowBelt belt(memory + warp * launch.belt.stages * launch.belt.stage_bytes, barriers[warp], launch.belt,
+               static_cast<int>(launch.dispatch.row_bytes));
+  if (crew.sends && may_send(group, call, Phase::dispatch_send)) {
+    Send send(context, crew);
+    run_job(send, belt);
+    send.announcer.flush();
   }
+  // Those that send help with the rest when they are done.
+  Receive<OwnTokens> own(context, crew);
+  run_job(own, belt);
+  if (launch.dispatch.has_padding && !crew.sends) clear_padding(context, crew);
+  if (group.size > 1) {
+    Receive<PeersTokens> peers(context, crew);
+    run_job(peers, belt);
+  }
+  bulk::wait_until_written<0>();
   finish_call(group, call);
 }
 
@@ -177,14 +381,18 @@ __global__ void __launch_bounds__(32 * kWarps, 1)
 
 Status launch_dispatch(const Group& group, const Dispatch& dispatch) {
   const int weight_words = dispatch.weights == nullptr ? 0 : group.num_topk;
-  Launch launch{dispatch, {}, 0};
-  launch.slots.bytes = align16(dispatch.row_bytes + 4 * (dispatch.scale_words + weight_words));
+  Launch launch{dispatch, {}, {}};
+  const int numbers = dispatch.scale_words + weight_words;
+  launch.slots.bytes = align16(dispatch.row_bytes + 4 * numbers);
   launch.slots.rows = ring_rows(group, launch.slots.bytes);
-  if (group.size > 1) {
-    if (launch.slots.rows == 0) return ring_too_small(group, launch.slots.bytes);
-    launch.send_blocks = dispatch.num_blocks < kMaxSendBlocks ? dispatch.num_blocks : kMaxSendBlocks;
-  }
-  dispatch_kernel<<<dispatch.num_blocks, 32 * kWarps, 0, dispatch.stream>>>(group, launch);
+  if (group.size > 1 && launch.slots.rows == 0) return ring_too_small(group, launch.slots.bytes);
+  const int segments = static_cast<int>((dispatch.row_bytes + kSegmentBytes - 1) / kSegmentBytes);
+  launch.belt.segment_bytes = static_cast<int>(align16((dispatch.row_bytes + segments - 1) / segments));
+  launch.belt.stage_bytes = static_cast<int>(align16(launch.belt.segment_bytes + 4 * numbers));
+  launch.belt.stages = std::min(kMaxStages, kSharedBytes / kWarps / launch.belt.stage_bytes);
+  const Status status = allow_shared_memory(reinterpret_cast<const void*>(&dispatch_kernel), kSharedBytes);
+  if (!status.is_ok()) return status;
+  dispatch_kernel<<<dispatch.num_blocks, 32 * kWarps, kSharedBytes, dispatch.stream>>>(group, launch);
   return Status::from_cuda(cudaGetLastError(), "launching the dispatch kernel");
 }
 

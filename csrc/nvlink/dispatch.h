@@ -20,6 +20,7 @@ struct Dispatch {
   bool expert_layout;
   bool has_padding;  // there may be rows without a token
   int num_blocks;
+  int send_blocks;  // of these; 0 in a group of one rank
   cudaStream_t stream;
 };
 

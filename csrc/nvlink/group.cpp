@@ -34,6 +34,11 @@ int64_t workspace_bytes(int size, int max_tokens, int num_experts) {
          static_cast<int64_t>(size) * token_blocks(max_tokens) * count_columns(size, num_experts / size) * 4;
 }
 
+Status allow_shared_memory(const void* kernel, int bytes) {
+  return Status::from_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
+                           "asking for shared memory");
+}
+
 Status ring_too_small(const Group& group, int64_t slot_bytes) {
   const long long numbers[] = {kChunk, slot_bytes, group.ring_bytes};
   return Status::invalid("a ring must hold %lld rows of %lld bytes, and has %lld bytes", numbers[0],

@@ -44,6 +44,8 @@ struct Workspace {
   unsigned int bad_ids;  // of this rank, in the plan that runs
   unsigned int failed;   // not 0: a wait timed out, and nothing more can be done with this group
   unsigned int consumed[kMaxRanks];
+  unsigned int
+      tasks[3];  // given out in the call that runs: of sending, of this rank's own rows, of receiving
 };
 
 // In pinned host memory, zero at first. Kernels write, the host reads.
@@ -94,6 +96,9 @@ inline int ring_rows(const Group& group, int64_t slot_bytes) {
   const int64_t fit = group.ring_bytes / slot_bytes / kChunk * kChunk;
   return static_cast<int>(fit < wanted ? fit : wanted);
 }
+
+// Lets a kernel have more dynamic shared memory than the 48 KiB that all may have; for each device once.
+Status allow_shared_memory(const void* kernel, int bytes);
 
 Status ring_too_small(const Group& group, int64_t slot_bytes);
 

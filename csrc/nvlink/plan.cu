@@ -396,10 +396,8 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 Status launch_plan(const Group& group, const Plan& plan) {
   const size_t shared_bytes = Shared::bytes(group.size, group.num_local, group.num_topk);
-  Status status =
-      Status::from_cuda(cudaFuncSetAttribute(plan_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                             static_cast<int>(shared_bytes)),
-                        "preparing the plan kernel");
+  const Status status =
+      allow_shared_memory(reinterpret_cast<const void*>(&plan_kernel), static_cast<int>(shared_bytes));
   if (!status.is_ok()) return status;
   plan_kernel<<<plan.num_blocks, kThreads, shared_bytes, plan.stream>>>(group, plan);
   return Status::from_cuda(cudaGetLastError(), "launching the plan kernel");

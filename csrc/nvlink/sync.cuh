@@ -24,9 +24,25 @@ __device__ __forceinline__ uint64_t load_acquire(const void* from) {
   return value;
 }
 
+// Cheap to poll with; what it announces may be read after a load_acquire of the same signal.
+__device__ __forceinline__ uint64_t load_relaxed(const void* from) {
+  uint64_t value;
+  asm volatile("ld.relaxed.sys.global.u64 %0, [%1];" : "=l"(value) : "l"(from) : "memory");
+  return value;
+}
+
+__device__ __forceinline__ bool has_reached(const uint64_t* signal, uint64_t value) {
+  return load_relaxed(signal) >= value && load_acquire(signal) >= value;
+}
+
 // Everything that this thread wrote, or has seen written, comes before the signal.
 __device__ __forceinline__ void store_release(void* to, uint64_t value) {
   asm volatile("fence.acq_rel.sys;" ::: "memory");
+  asm volatile("st.relaxed.sys.global.u64 [%0], %1;" ::"l"(to), "l"(value) : "memory");
+}
+
+// For what is complete in memory already.
+__device__ __forceinline__ void store_relaxed(void* to, uint64_t value) {
   asm volatile("st.relaxed.sys.global.u64 [%0], %1;" ::"l"(to), "l"(value) : "memory");
 }
 
@@ -64,7 +80,8 @@ static __device__ __noinline__ bool wait_slowly(const uint64_t* signal, uint64_t
   const uint64_t deadline = nanoseconds() + group.timeout_ns;
   for (;;) {
     for (int poll = 0; poll < 64; ++poll) {
-      if (load_acquire(signal) >= value) return true;
+      if (has_reached(signal, value)) return true;
+      __nanosleep(40);
     }
     if (has_failed(group)) return false;
     if (nanoseconds() > deadline) {
@@ -79,14 +96,6 @@ static __device__ __noinline__ bool wait_slowly(const uint64_t* signal, uint64_t
 __device__ __forceinline__ bool wait_for(const uint64_t* signal, uint64_t value, const Group& group,
                                          Phase phase, int peer) {
   return load_acquire(signal) >= value || wait_slowly(signal, value, group, phase, peer);
-}
-
-// The same for a whole warp; its lanes may read what the signal announces.
-__device__ __forceinline__ bool warp_wait_for(const uint64_t* signal, uint64_t value, const Group& group,
-                                              Phase phase, int peer) {
-  bool arrived = true;
-  if (threadIdx.x % 32 == 0) arrived = wait_for(signal, value, group, phase, peer);
-  return __shfl_sync(0xFFFFFFFFu, arrived, 0);
 }
 
 // True for all threads of the one block that comes here last, which sees everything that the others did

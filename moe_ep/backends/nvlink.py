@@ -13,7 +13,9 @@ from types import ModuleType
 
 import torch
 
+from .. import sm_model
 from ..errors import InvalidInput, MoeEpError
+from ..ids import check_ids
 from .base import Backend, Part, Routing, RoutingSpec
 from .windows import Members
 
@@ -29,6 +31,7 @@ _PHASES = (  # of csrc/nvlink/sync.cuh
 _TABLES = Routing.TOKENS + 1  # the kernels' own tensor of the routing state
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MAX_BIASES = 2
+_NOWHERE = 16
 
 ChooseNumSms = Callable[[str, str, int, int], int]
 """From operation, layout, bytes of an element on the wire and tokens."""
@@ -42,6 +45,13 @@ class Shape:
     max_tokens_per_rank: int
     num_experts: int
     num_topk: int
+
+    def work(
+        self, op: str, layout: str, element_size: int, num_tokens: int, num_ranks: int
+    ) -> sm_model.Work:
+        return sm_model.Work(
+            op, layout, element_size * self.hidden, num_tokens, self.num_topk, self.num_experts, num_ranks
+        )
 
     def ring_bytes(self, kernels: ModuleType) -> int:
         """Of the rows that one rank may have under way to another: max_tokens_per_rank rows of 2 * hidden bytes with
@@ -140,7 +150,7 @@ class NvlinkBackend(Backend):
             host=self._host.data_ptr(),
         )
         self._tickets = 0
-        self._num_sms: dict[tuple, int] = {}
+        self._num_sms: dict[tuple, tuple[int, int]] = {}
         self._last_stream: torch.cuda.Stream | None = None
         torch.cuda.current_stream(device).synchronize()
         members.all_gather(torch.zeros(1, dtype=torch.int64))  # all memory is there and zero
@@ -179,17 +189,17 @@ class NvlinkBackend(Backend):
             needed.data_ptr(),
             rows.data_ptr(),
             self._tickets if exact else 0,
-            self.num_sms("dispatch", spec.layout, 2, num_tokens, num_sms),
+            self.num_sms("dispatch", spec.layout, 2, num_tokens, num_sms)[0],
             self._stream(),
         )
         if exact:
-            num_rows, splits = self._wait_for_plan(spec)
+            num_rows, splits = self._wait_for_plan(topk_idx, spec)
         else:
             num_rows, splits = max_rows, torch.empty(0, dtype=torch.int64)
         rows = rows.new_empty(num_rows) if expert_layout else rows[:num_rows]
         return [tokens_per_expert, padded, rows, needed, splits, topk_idx.new_empty((num_tokens, 0)), tables]
 
-    def _wait_for_plan(self, spec: RoutingSpec) -> tuple[int, torch.Tensor]:
+    def _wait_for_plan(self, topk_idx: torch.Tensor, spec: RoutingSpec) -> tuple[int, torch.Tensor]:
         """Rows of the exact result, and of each local expert."""
         communicator = self._communicator
         # The kernels give up by themselves after timeout_s.
@@ -200,6 +210,8 @@ class NvlinkBackend(Backend):
                 "never end?"
             )
         if bad := communicator.bad_ranks():
+            if self.rank in bad:
+                check_ids(topk_idx, spec.num_experts)
             ranks = ", ".join(map(str, bad))
             raise InvalidInput(
                 f"topk_idx of rank {ranks} has expert ids outside [-1, {spec.num_experts}), or a token that names an "
@@ -243,7 +255,7 @@ class NvlinkBackend(Backend):
             scales,
             scale_words,
             padding,
-            0 if weights is None else weights.data_ptr(),
+            _address(weights),
             state[_TABLES].data_ptr(),
             out[0].data_ptr(),
             out_scales,
@@ -251,7 +263,7 @@ class NvlinkBackend(Backend):
             num_rows,
             spec.layout == "expert",
             spec.expert_alignment > 1 or spec.max_recv_rows is not None,
-            self.num_sms("dispatch", spec.layout, rows.element_size(), len(rows), num_sms),
+            *self.num_sms("dispatch", spec.layout, rows.element_size(), len(rows), num_sms),
             self._stream(),
         )
         return out, row_weights
@@ -283,7 +295,7 @@ class NvlinkBackend(Backend):
             _aligned(rows).data_ptr(),
             self._kernel_dtypes[rows.dtype],
             rows.shape[1] * rows.element_size(),
-            0 if row_weights is None else row_weights.data_ptr(),
+            _address(row_weights),
             *addresses,
             state[_TABLES].data_ptr(),
             num_tokens,
@@ -291,7 +303,7 @@ class NvlinkBackend(Backend):
             0 if topk_weights is None else topk_weights.data_ptr(),
             rows.shape[0],
             spec.layout == "expert",
-            self.num_sms("combine", spec.layout, rows.element_size(), num_tokens, num_sms),
+            *self.num_sms("combine", spec.layout, rows.element_size(), num_tokens, num_sms),
             self._stream(),
         )
         return out, topk_weights
@@ -306,18 +318,18 @@ class NvlinkBackend(Backend):
 
     def num_sms(
         self, op: str, layout: str, element_size: int, num_tokens: int, asked: int | None = None
-    ) -> int:
-        """Blocks of the kernel of a call."""
-        if asked is None:
-            key = op, layout, element_size, num_tokens
-            if key not in self._num_sms:
-                self._num_sms[key] = self._choose_num_sms(*key)
-            return self._num_sms[key]
-        if not 0 < asked <= self.available_sms:
-            raise InvalidInput(
-                f"num_sms is {asked}; a rank of this group can have 1 to {self.available_sms} multiprocessors"
-            )
-        return asked
+    ) -> tuple[int, int]:
+        """Blocks of the kernel of a call, and how many of them send."""
+        key = op, layout, element_size, num_tokens, asked
+        chosen = self._num_sms.get(key)
+        if chosen is None:
+            if asked is not None and not 0 < asked <= self.available_sms:
+                raise InvalidInput(
+                    f"num_sms is {asked}; a rank of this group can have 1 to {self.available_sms} multiprocessors"
+                )
+            num_sms = self._choose_num_sms(*key[:-1]) if asked is None else asked
+            chosen = self._num_sms[key] = sm_model.split(self.shape.work(*key[:-1], self.size), num_sms)
+        return chosen
 
     @property
     def available_sms(self) -> int:
@@ -379,6 +391,11 @@ class NvlinkBackend(Backend):
 @functools.cache
 def _count_sms(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _address(tensor: torch.Tensor | None) -> int:
+    """0 for None alone: an empty tensor, whose address is 0 too, says that others may have rows."""
+    return 0 if tensor is None else tensor.data_ptr() or _NOWHERE
 
 
 def _aligned(rows: torch.Tensor) -> torch.Tensor:

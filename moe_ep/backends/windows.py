@@ -34,7 +34,7 @@ class Members(Protocol):
 
 def why_unavailable(members: Members, device: torch.device | None) -> str | None:
     """Why the ranks of a group can't use each other's memory, in words; None if they can. Collective."""
-    missing = _missing_here(device)
+    missing = why_not_here(device)
     index = device.index if device is not None else -1
     mine = [missing is None, _host_number(), _device_number(device), index]
     ranks = members.all_gather(torch.tensor(mine, dtype=torch.int64)).tolist()
@@ -55,7 +55,8 @@ def why_unavailable(members: Members, device: torch.device | None) -> str | None
     return None
 
 
-def _missing_here(device: torch.device | None) -> str | None:
+def why_not_here(device: torch.device | None) -> str | None:
+    """Why the kernels can't run on a device, in words; None if they can."""
     if device is None or device.type != "cuda":
         return "there is no CUDA GPU"
     if _extension.load() is None:
