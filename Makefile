@@ -24,7 +24,7 @@ help:
 train: $(VENV)/.package $(VENV)/.train
 	$(BIN)/moe-ep train $(TRAIN_ARGS)
 
-test: $(VENV)/.package $(VENV)/.test
+test: $(VENV)/.package $(VENV)/.test $(VENV)/.megatron
 	$(BIN)/python -m pytest $(TEST_ARGS)
 
 bench: $(VENV)/.package $(VENV)/.train
@@ -55,9 +55,11 @@ $(VENV)/.made:
 	@$(PYTHON) -m venv $(VENV)
 	@touch $@
 
-$(VENV)/.build $(VENV)/.train $(VENV)/.test $(VENV)/.lint: $(VENV)/.%: requirements/%.txt requirements/constraints.txt $(VENV)/.made
+STAMPS := $(addprefix $(VENV)/.,build train test megatron lint)
+$(VENV)/.megatron: PIP_OPTIONS := --no-deps --ignore-requires-python
+$(STAMPS): $(VENV)/.%: requirements/%.txt requirements/constraints.txt $(VENV)/.made
 	@echo "installing requirements/$*.txt"
-	@$(PIP_INSTALL) -r $<
+	@$(PIP_INSTALL) $(PIP_OPTIONS) -r $<
 	@touch $@
 
 # Editable, so that only a change of the build or of csrc asks for this again.

@@ -155,7 +155,7 @@ def extensions() -> list[Extension]:
 setup(
     packages=packages(),
     package_dir={name: folder for name, folder in ROOMS.items() if (ROOT / folder).is_dir()},
-    package_data={"": ["py.typed"]},
+    package_data={"": ["py.typed"], "moe_ep.recipes": ["megatron_sizes/*.args"]},
     ext_modules=extensions(),
     cmdclass={"build_ext": BuildExtensions, "build_py": BuildPython},
     zip_safe=False,

@@ -7,7 +7,7 @@ set -uo pipefail
 results=$(mkdir -p "${1:?usage: tests/gpu/run.sh RESULTS [pytest arguments]}" && cd "$1" && pwd)
 shift
 cd "$(dirname "$0")/../.."
-export PYTHONPATH=$PWD PYTHONUNBUFFERED=1
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 steps=" ${STEPS:-build doctor tests sanitizer bench} "
 failed=()
 
@@ -34,7 +34,7 @@ test_file() {
 }
 
 sanitize() {
-  PYTHONPATH=$PWD:$PWD/tests PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+  PYTHONPATH=$PYTHONPATH:$PWD/tests PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
     compute-sanitizer --tool "$1" --kernel-name kernel_substring=moe_ep --error-exitcode 1 \
     python3 tests/gpu/sanitizer_driver.py
 }
