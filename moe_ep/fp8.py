@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from . import _extension
+from .autograd import Function
 from .errors import InvalidInput
 
 BLOCK = 128
@@ -76,7 +77,7 @@ class Fp8Tokens:
         """The tokens as an ``[M, H]`` tensor of ``dtype``; its gradient goes to ``carrier`` unchanged."""
         if self.carrier is None:
             return dequantize(self.data, self.scale_inv, dtype)
-        return _Dequantize.apply(self.carrier, self.data, self.scale_inv, dtype)
+        return _Dequantize.call(self.carrier, self.data, self.scale_inv, dtype)
 
 
 def quantize(x: torch.Tensor) -> Fp8Tokens:
@@ -89,7 +90,7 @@ def quantize(x: torch.Tensor) -> Fp8Tokens:
         raise InvalidInput(
             f"quantize takes a [M, H] tensor of bfloat16, float16 or float32, not {x.dtype} of shape {tuple(x.shape)}"
         )
-    return Fp8Tokens(*_Quantize.apply(x))
+    return Fp8Tokens(*_Quantize.call(x))
 
 
 def dequantize(data: torch.Tensor, scale_inv: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -177,24 +178,32 @@ def dequantize_torch(data: torch.Tensor, scale_inv: torch.Tensor, dtype: torch.d
     return (tiles * scale_inv.unsqueeze(-1)).view(num_rows, blocks * BLOCK)[:, :hidden].to(dtype)
 
 
-def make_carrier(like: torch.Tensor, shape: tuple[int, ...] | torch.Size) -> torch.Tensor:
-    """A tensor of ``shape`` in the dtype of ``like`` without memory of its own."""
-    return like.new_zeros(()).expand(shape)
+def make_carrier(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """A tensor whose elements are all the same unset one: no memory to speak of, and no kernel to fill it."""
+    return torch.empty_strided(shape, (0,) * len(shape), dtype=dtype, device=device)
 
 
-class _Quantize(torch.autograd.Function):
+class _Quantize(Function):
+    @staticmethod
+    def compute(x):
+        return *_quantize(x), make_carrier(x.shape, x.dtype, x.device)
+
     @staticmethod
     def forward(ctx, x):
-        data, scale_inv = _quantize(x)
+        data, scale_inv, carrier = _Quantize.compute(x)
         ctx.mark_non_differentiable(data, scale_inv)
-        return data, scale_inv, make_carrier(x, x.shape)
+        return data, scale_inv, carrier
 
     @staticmethod
     def backward(ctx, _grad_data, _grad_scale_inv, grad_carrier):
         return grad_carrier
 
 
-class _Dequantize(torch.autograd.Function):
+class _Dequantize(Function):
+    @staticmethod
+    def compute(_carrier, data, scale_inv, dtype):
+        return dequantize(data, scale_inv, dtype)
+
     @staticmethod
     def forward(ctx, carrier, data, scale_inv, dtype):
         ctx.dtype = carrier.dtype

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from . import ops
+from .autograd import Function
 from .backends.base import Part, Routing, RoutingSpec
 from .communicator import Communicator, find
 from .errors import InvalidInput
@@ -100,18 +101,14 @@ def dispatch(
                 expert_alignment,
                 max_recv_rows,
             )
-            with torch.no_grad():
-                handle = DispatchHandle(comm.id, spec, ops.plan(topk_idx, comm.id, spec, num_sms))
+            handle = DispatchHandle(comm.id, spec, ops.plan(topk_idx, comm.id, spec, num_sms))
         if isinstance(x, Fp8Tokens):
-            carrier = x.carrier
-            if carrier is None:
-                carrier = make_carrier(x.data.new_empty(0, dtype=torch.bfloat16), x.shape)
-            data, scale_inv, carrier, weights = _DispatchFp8.apply(
-                x.data, x.scale_inv, carrier, topk_weights, handle, num_sms
+            data, scale_inv, carrier, weights = _DispatchFp8.call(
+                x.data, x.scale_inv, x.carrier, topk_weights, handle, num_sms
             )
             tokens = Fp8Tokens(data, scale_inv, carrier)
         else:
-            tokens, weights = _Dispatch.apply(x, topk_weights, handle, None, num_sms)
+            tokens, weights = _Dispatch.call(x, topk_weights, handle, None, num_sms)
     ids = handle.state[Routing.ROWS] if handle.layout == "rank" else None
     return DispatchOutput(tokens, weights, ids, handle)
 
@@ -147,7 +144,7 @@ def combine(
     biases = () if bias is None else (bias,) if isinstance(bias, torch.Tensor) else tuple(bias)
     check_biases(biases, expert_rows, handle.num_tokens)
     with named_range("moe_ep.combine"):
-        y, _ = _Combine.apply(expert_rows, None, handle, fp8_backward, num_sms, *biases)
+        y, _ = _Combine.call(expert_rows, None, handle, fp8_backward, num_sms, *biases)
     return y
 
 
@@ -192,8 +189,17 @@ def _overlapped_num_sms(op: str, comm: Communicator, layout: str, dtype: torch.d
     return comm.choose_num_sms(op, layout=layout, dtype=dtype, num_tokens=num_tokens, overlapped=True)
 
 
-class _Dispatch(torch.autograd.Function):
+class _Dispatch(Function):
     """x [T, H], weights [T, K] or None -> rows [N, H], row weights or None."""
+
+    @staticmethod
+    def compute(x, weights, handle, wire_fp8, num_sms):
+        if wire_fp8 is None:
+            rows, row_weights = _move([Part(x)], weights, handle, num_sms)
+            return rows[0], row_weights
+        tokens = quantize(x)
+        data, scale_inv, row_weights = _move_fp8(tokens.data, tokens.scale_inv, weights, handle, num_sms)
+        return Fp8Tokens(data, scale_inv).dequantize(x.dtype), row_weights
 
     @staticmethod
     def forward(ctx, x, weights, handle, wire_fp8, num_sms):
@@ -201,17 +207,7 @@ class _Dispatch(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.rows_dtype, ctx.hidden = x.dtype, x.shape[1]
         ctx.weights_dtype = weights.dtype if ctx.needs_input_grad[1] else None
-        if wire_fp8 is None:
-            parts = [Part(x)]
-        else:
-            tokens = quantize(x)
-            parts = _fp8_parts(tokens.data, tokens.scale_inv)
-        rows, row_weights = ops.dispatch(
-            parts, weights, handle.communicator_id, handle.spec, handle.state, num_sms
-        )
-        if wire_fp8 is None:
-            return rows[0], row_weights
-        return Fp8Tokens(rows[0].view(torch.float8_e4m3fn), rows[1]).dequantize(x.dtype), row_weights
+        return _Dispatch.compute(x, weights, handle, wire_fp8, num_sms)
 
     @staticmethod
     def backward(ctx, grad_rows, grad_row_weights):
@@ -219,22 +215,23 @@ class _Dispatch(torch.autograd.Function):
             return *_transpose(ctx, grad_rows, grad_row_weights, ctx.weights_dtype), None, None, None
 
 
-class _DispatchFp8(torch.autograd.Function):
+class _DispatchFp8(Function):
     """Quantised tokens; the gradient takes the carriers' way, which is _Dispatch's."""
+
+    @staticmethod
+    def compute(data, scale_inv, carrier, weights, handle, num_sms):
+        data, scale_inv, row_weights = _move_fp8(data, scale_inv, weights, handle, num_sms)
+        return data, scale_inv, make_carrier(data.shape, _carried_dtype(carrier), data.device), row_weights
 
     @staticmethod
     def forward(ctx, data, scale_inv, carrier, weights, handle, num_sms):
         ctx.handle, ctx.num_sms = handle, num_sms
         ctx.set_materialize_grads(False)
-        ctx.rows_dtype, ctx.hidden = carrier.dtype, data.shape[1]
+        ctx.rows_dtype, ctx.hidden = _carried_dtype(carrier), data.shape[1]
         ctx.weights_dtype = weights.dtype if ctx.needs_input_grad[3] else None
-        parts = _fp8_parts(data, scale_inv)
-        rows, row_weights = ops.dispatch(
-            parts, weights, handle.communicator_id, handle.spec, handle.state, num_sms
-        )
-        data, scale_inv = rows[0].view(torch.float8_e4m3fn), rows[1]
-        ctx.mark_non_differentiable(data, scale_inv)
-        return data, scale_inv, make_carrier(carrier, (handle.num_rows, data.shape[1])), row_weights
+        out = _DispatchFp8.compute(data, scale_inv, carrier, weights, handle, num_sms)
+        ctx.mark_non_differentiable(*out[:2])
+        return out
 
     @staticmethod
     def backward(ctx, _grad_data, _grad_scale_inv, grad_rows, grad_row_weights):
@@ -243,8 +240,18 @@ class _DispatchFp8(torch.autograd.Function):
         return None, None, grad_x, grad_weights, None, None
 
 
-def _fp8_parts(data: torch.Tensor, scale_inv: torch.Tensor) -> list[Part]:
-    return [Part(data.view(torch.uint8)), Part(scale_inv, padding=1.0)]
+def _carried_dtype(carrier: torch.Tensor | None) -> torch.dtype:
+    return torch.bfloat16 if carrier is None else carrier.dtype
+
+
+def _move_fp8(data, scale_inv, weights, handle, num_sms):
+    parts = [Part(data.view(torch.uint8)), Part(scale_inv, padding=1.0)]
+    (data, scale_inv), row_weights = _move(parts, weights, handle, num_sms)
+    return data.view(torch.float8_e4m3fn), scale_inv, row_weights
+
+
+def _move(parts, weights, handle, num_sms):
+    return ops.dispatch(parts, weights, handle.communicator_id, handle.spec, handle.state, num_sms)
 
 
 def _transpose(ctx, grad_rows, grad_row_weights, weights_dtype):
@@ -261,11 +268,17 @@ def _transpose(ctx, grad_rows, grad_row_weights, weights_dtype):
         grad_row_weights = meta.new_zeros(meta.shape, dtype=weights_dtype)
     else:
         grad_row_weights = grad_row_weights.contiguous()
-    return _Combine.apply(grad_rows.contiguous(), grad_row_weights, ctx.handle, None, ctx.num_sms)
+    return _Combine.call(grad_rows.contiguous(), grad_row_weights, ctx.handle, None, ctx.num_sms)
 
 
-class _Combine(torch.autograd.Function):
+class _Combine(Function):
     """rows [N, H], row weights or None -> sums [T, H], weights [T, K] or None."""
+
+    @staticmethod
+    def compute(rows, row_weights, handle, _wire_fp8, num_sms, *biases):
+        return ops.combine(
+            rows, row_weights, biases, handle.communicator_id, handle.spec, handle.state, num_sms
+        )
 
     @staticmethod
     def forward(ctx, rows, row_weights, handle, wire_fp8, num_sms, *biases):
@@ -275,9 +288,7 @@ class _Combine(torch.autograd.Function):
         ctx.weights_dtype = row_weights.dtype if ctx.needs_input_grad[1] else None
         ctx.sums_dtype, ctx.hidden = rows.dtype, rows.shape[1]
         ctx.set_materialize_grads(False)
-        return ops.combine(
-            rows, row_weights, biases, handle.communicator_id, handle.spec, handle.state, num_sms
-        )
+        return _Combine.compute(rows, row_weights, handle, wire_fp8, num_sms, *biases)
 
     @staticmethod
     def backward(ctx, grad_y, grad_weights):
@@ -292,7 +303,7 @@ class _Combine(torch.autograd.Function):
         else:
             grad_weights = grad_weights.contiguous()
         with named_range("moe_ep.combine.backward"):
-            grads = _Dispatch.apply(grad_y.contiguous(), grad_weights, ctx.handle, ctx.wire_fp8, ctx.num_sms)
+            grads = _Dispatch.call(grad_y.contiguous(), grad_weights, ctx.handle, ctx.wire_fp8, ctx.num_sms)
         return *grads, None, None, None, *[grad_y] * ctx.num_biases
 
 

@@ -22,8 +22,9 @@ def plan(
     topk_idx: torch.Tensor, communicator_id: int, spec: RoutingSpec, num_sms: int | None
 ) -> tuple[torch.Tensor, ...]:
     """Exchange the routing; the state of a handle."""
-    call = torch.ops.moe_ep.plan if torch.compiler.is_compiling() else _plan
-    return tuple(call(topk_idx, communicator_id, num_sms, *_numbers(spec)))
+    if torch.compiler.is_compiling():
+        return tuple(torch.ops.moe_ep.plan(topk_idx, communicator_id, num_sms, *_numbers(spec)))
+    return tuple(_plan(topk_idx, communicator_id, spec, num_sms))
 
 
 def dispatch(
@@ -92,12 +93,17 @@ _library.define(
 )
 
 
-def _plan(topk_idx: torch.Tensor, communicator_id: int, num_sms: int | None, *numbers) -> list[torch.Tensor]:
-    spec = RoutingSpec(*numbers)
+def _plan(
+    topk_idx: torch.Tensor, communicator_id: int, spec: RoutingSpec, num_sms: int | None
+) -> list[torch.Tensor]:
     impl = find(communicator_id)._impl
     if env.check() or not impl.checks_ids:
         check_ids(topk_idx, spec.num_experts)  # waits for the device, as planning does
     return impl.plan(topk_idx, spec, num_sms)
+
+
+def _plan_op(topk_idx, communicator_id, num_sms, *numbers):
+    return _plan(topk_idx, communicator_id, RoutingSpec(*numbers), num_sms)
 
 
 def _dispatch_op(rows, padding, weights, state, communicator_id, num_sms, *numbers):
@@ -115,7 +121,7 @@ def _combine_op(rows, row_weights, biases, state, communicator_id, num_sms, *num
     return y, rows.new_empty(0) if topk_weights is None else topk_weights
 
 
-_library.impl("plan", _plan, "CompositeExplicitAutograd")
+_library.impl("plan", _plan_op, "CompositeExplicitAutograd")
 _library.impl("dispatch", _dispatch_op, "CompositeExplicitAutograd")
 _library.impl("combine", _combine_op, "CompositeExplicitAutograd")
 

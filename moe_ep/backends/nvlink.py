@@ -46,9 +46,7 @@ class Shape:
     num_experts: int
     num_topk: int
 
-    def work(
-        self, op: str, layout: str, element_size: int, num_tokens: int, num_ranks: int
-    ) -> sm_model.Work:
+    def work(self, op: str, layout: str, element_size: int, num_tokens: int, num_ranks: int) -> sm_model.Work:
         return sm_model.Work(
             op, layout, element_size * self.hidden, num_tokens, self.num_topk, self.num_experts, num_ranks
         )
@@ -170,9 +168,9 @@ class NvlinkBackend(Backend):
         most_rows = self.size * spec.max_tokens_per_rank * per_token + num_local * (spec.expert_alignment - 1)
         max_rows = most_rows if exact else spec.max_recv_rows
         counts = torch.empty(2 * num_local + 1, dtype=torch.int64, device=device)
-        tokens_per_expert, padded, needed = counts.split((num_local, num_local, 1))
+        first_count, count_bytes = counts.data_ptr(), num_local * counts.element_size()
         tables = torch.empty(self._communicator.table_words(num_tokens), dtype=torch.int32, device=device)
-        rows = torch.empty((0 if expert_layout else max_rows, num_topk), dtype=torch.int64, device=device)
+        ids = None if expert_layout else torch.empty((max_rows, num_topk), dtype=torch.int64, device=device)
         if exact:
             self._tickets += 1
         self._communicator.plan(
@@ -184,20 +182,23 @@ class NvlinkBackend(Backend):
             max_rows,
             not exact,
             tables.data_ptr(),
-            tokens_per_expert.data_ptr(),
-            padded.data_ptr(),
-            needed.data_ptr(),
-            rows.data_ptr(),
+            first_count,
+            first_count + count_bytes,
+            first_count + 2 * count_bytes,
+            0 if ids is None else ids.data_ptr(),
             self._tickets if exact else 0,
             self.num_sms("dispatch", spec.layout, 2, num_tokens, num_sms)[0],
             self._stream(),
         )
+        # Before the wait, since dispatch is waited for from the plan's end on.
+        tokens_per_expert, padded, needed = counts.split((num_local, num_local, 1))
+        tokens = topk_idx.new_empty((num_tokens, 0))
         if exact:
             num_rows, splits = self._wait_for_plan(topk_idx, spec)
         else:
             num_rows, splits = max_rows, torch.empty(0, dtype=torch.int64)
-        rows = rows.new_empty(num_rows) if expert_layout else rows[:num_rows]
-        return [tokens_per_expert, padded, rows, needed, splits, topk_idx.new_empty((num_tokens, 0)), tables]
+        rows = counts.new_empty(num_rows) if ids is None else ids[:num_rows]
+        return [tokens_per_expert, padded, rows, needed, splits, tokens, tables]
 
     def _wait_for_plan(self, topk_idx: torch.Tensor, spec: RoutingSpec) -> tuple[int, torch.Tensor]:
         """Rows of the exact result, and of each local expert."""
@@ -217,9 +218,9 @@ class NvlinkBackend(Backend):
                 f"topk_idx of rank {ranks} has expert ids outside [-1, {spec.num_experts}), or a token that names an "
                 "expert twice; nothing was sent"
             )
-        counts = torch.tensor(communicator.tokens_per_expert())
         alignment = spec.expert_alignment
-        return communicator.rows_needed(), (counts + (alignment - 1)) // alignment * alignment
+        splits = [-(-count // alignment) * alignment for count in communicator.tokens_per_expert()]
+        return communicator.rows_needed(), torch.tensor(splits)
 
     def dispatch(
         self,
@@ -237,17 +238,17 @@ class NvlinkBackend(Backend):
         self._check_dtype("x", rows.dtype)
         meta = state[Routing.ROWS]
         num_rows = meta.shape[0]
-        out = [torch.empty((num_rows, rows.shape[1]), dtype=rows.dtype, device=rows.device)]
+        out = [rows.new_empty((num_rows, rows.shape[1]))]
         row_bytes = rows.shape[1] * rows.element_size()
         scales = out_scales = out_weights = 0
         scale_words, padding = 0, 0.0
         if len(parts) > 1:
             scale_words, padding = parts[1].rows.shape[1], parts[1].padding
-            out.append(torch.empty((num_rows, scale_words), dtype=torch.float32, device=rows.device))
+            out.append(parts[1].rows.new_empty((num_rows, scale_words)))
             scales, out_scales = parts[1].rows.data_ptr(), out[1].data_ptr()
         row_weights = None
         if weights is not None:
-            row_weights = torch.empty(meta.shape, dtype=torch.float32, device=rows.device)
+            row_weights = weights.new_empty(meta.shape)
             out_weights = row_weights.data_ptr()
         self._communicator.dispatch(
             _aligned(rows).data_ptr(),
@@ -263,7 +264,7 @@ class NvlinkBackend(Backend):
             num_rows,
             spec.layout == "expert",
             spec.expert_alignment > 1 or spec.max_recv_rows is not None,
-            *self.num_sms("dispatch", spec.layout, rows.element_size(), len(rows), num_sms),
+            *self.num_sms("dispatch", spec.layout, rows.element_size(), rows.shape[0], num_sms),
             self._stream(),
         )
         return out, row_weights
@@ -285,10 +286,10 @@ class NvlinkBackend(Backend):
         if len(biases) > _MAX_BIASES:
             raise InvalidInput(f"{len(biases)} biases are given; the NVLink kernels add up to {_MAX_BIASES}")
         num_tokens = state[Routing.TOKENS].shape[0]
-        out = torch.empty((num_tokens, rows.shape[1]), dtype=rows.dtype, device=rows.device)
+        out = rows.new_empty((num_tokens, rows.shape[1]))
         topk_weights = None
         if row_weights is not None:
-            topk_weights = torch.empty((num_tokens, spec.num_topk), dtype=torch.float32, device=rows.device)
+            topk_weights = row_weights.new_empty((num_tokens, spec.num_topk))
         biases = [_aligned(bias.contiguous()) for bias in biases]
         addresses = [bias.data_ptr() for bias in biases] + [0] * (_MAX_BIASES - len(biases))
         self._communicator.combine(
@@ -364,13 +365,15 @@ class NvlinkBackend(Backend):
 
     def _stream(self) -> int:
         """The current stream, after this communicator's earlier calls."""
-        stream = torch.cuda.current_stream(self.device)
+        # NOTE: as Triton and inductor ask for it; torch.cuda.current_stream makes an object, which takes longer.
+        address = torch._C._cuda_getCurrentRawStream(self.device.index)
         last = self._last_stream
-        if last is None or last != stream:
+        if last is None or last.cuda_stream != address:
+            stream = torch.cuda.current_stream(self.device)
             if last is not None and _same_capture(last, stream):
                 stream.wait_stream(last)
             self._last_stream = stream
-        return stream.cuda_stream
+        return address
 
     def _check_device(self, tensor: torch.Tensor) -> torch.device:
         device = tensor.device
