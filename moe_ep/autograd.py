@@ -27,4 +27,8 @@ class Function(torch.autograd.Function):
 def _is_differentiated(args: tuple) -> bool:
     if forward_ad._current_level >= 0:  # forward mode: `apply` refuses it
         return True
-    return torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in args)
+    if torch.is_grad_enabled():
+        for arg in args:
+            if isinstance(arg, torch.Tensor) and arg.requires_grad:
+                return True
+    return False

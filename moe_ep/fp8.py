@@ -49,20 +49,21 @@ class Fp8Tokens:
     carrier: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
-        data, scale_inv = self.data, self.scale_inv
-        if data.dtype != torch.float8_e4m3fn or data.dim() != 2:
+        data, scale_inv, carrier = self.data, self.scale_inv, self.carrier
+        shape = data.shape
+        if data.dtype != torch.float8_e4m3fn or len(shape) != 2:
             raise InvalidInput(
-                f"Fp8Tokens.data is {data.dtype} of shape {tuple(data.shape)}; it must be torch.float8_e4m3fn [M, H]"
+                f"Fp8Tokens.data is {data.dtype} of shape {tuple(shape)}; it must be torch.float8_e4m3fn [M, H]"
             )
-        blocks = -(-data.shape[1] // BLOCK)
-        if scale_inv.dtype != torch.float32 or scale_inv.shape != (data.shape[0], blocks):
+        scales = shape[0], -(-shape[1] // BLOCK)
+        if scale_inv.dtype != torch.float32 or scale_inv.shape != scales:
             raise InvalidInput(
                 f"Fp8Tokens.scale_inv is {scale_inv.dtype} of shape {tuple(scale_inv.shape)}; it must be torch.float32 "
-                f"of shape {(data.shape[0], blocks)}: one scale for each {BLOCK} elements of a row of data"
+                f"of shape {scales}: one scale for each {BLOCK} elements of a row of data"
             )
-        if self.carrier is not None and self.carrier.shape != data.shape:
+        if carrier is not None and carrier.shape != shape:
             raise InvalidInput(
-                f"Fp8Tokens.carrier has shape {tuple(self.carrier.shape)}; it must be data's, {tuple(data.shape)}"
+                f"Fp8Tokens.carrier has shape {tuple(carrier.shape)}; it must be data's, {tuple(shape)}"
             )
 
     @property
