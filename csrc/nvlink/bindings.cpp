@@ -89,6 +89,7 @@ void bind(py::module_& module) {
   module.attr("MAX_TOPK") = kMaxTopk;
   module.attr("MAX_EXPERTS") = kMaxExperts;
   module.attr("MAX_ROWS") = PlanTables::kIndex - 1;
+  module.attr("MAX_TOKENS") = 1 << kArrivalBits;
   module.attr("CHUNK") = kChunk;
   module.attr("HOST_BYTES") = sizeof(HostRecord);
   module.def(

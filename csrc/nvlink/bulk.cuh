@@ -20,17 +20,22 @@ __device__ __forceinline__ void publish_barriers() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 
+// Loads of `bytes` in all are about to follow.
+__device__ __forceinline__ void expect(uint64_t* barrier, unsigned int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
+               "r"(bytes)
+               : "memory");
+}
+
 __device__ __forceinline__ void load(void* to, const void* from, unsigned int bytes, uint64_t* barrier) {
-  const unsigned int at = shared_address(barrier);
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(at), "r"(bytes) : "memory");
   asm volatile(
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
           shared_address(to)),
-      "l"(from), "r"(bytes), "r"(at)
+      "l"(from), "r"(bytes), "r"(shared_address(barrier))
       : "memory");
 }
 
-// Waits for the end of the load that is number 2n + `parity` on this barrier.
+// Waits for the end of the loads that were expected as number 2n + `parity` on this barrier.
 __device__ __forceinline__ void wait(uint64_t* barrier, unsigned int parity) {
   asm volatile(
       "{\n"

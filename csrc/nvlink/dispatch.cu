@@ -2,23 +2,23 @@
 
 #include <algorithm>
 
+#include "common/vector.cuh"
 #include "nvlink/plan_tables.h"
 #include "nvlink/rows.cuh"
 
 namespace moe_ep::nvlink {
 namespace {
 
-constexpr int kWarps = 8;
+constexpr int kMaxWarps = 10;
 constexpr int kMaxStages = 8;
 constexpr int kSegmentBytes = 7168;
 constexpr int kSharedBytes = 226 * 1024;
-using RowBelt = Belt<true>;
-constexpr int kNumbers = 2;  // of a row's scales and weights, that a lane loads ahead
 
 struct Launch {
   Dispatch dispatch;
   Slots slots;
   BeltShape belt;
+  bool bulk_numbers;  // scales and weights are multiples of 16 bytes, and so go by bulk copies
 };
 
 // What all jobs know.
@@ -31,6 +31,7 @@ struct Context {
   const int lane;
   const int vectors;
   const int weight_words;
+  const bool bulk_numbers;
 
   __device__ Context(const Group& group, const Launch& launch, Call call)
       : group(group),
@@ -40,20 +41,35 @@ struct Context {
         call(call),
         lane(threadIdx.x % 32),
         vectors(static_cast<int>(launch.dispatch.row_bytes / 16)),
-        weight_words(launch.dispatch.weights == nullptr ? 0 : group.num_topk) {}
-
-  __device__ Rows one_row(const char* row) const { return {row, 1u}; }
+        weight_words(launch.dispatch.weights == nullptr ? 0 : group.num_topk),
+        bulk_numbers(launch.bulk_numbers) {}
 
   __device__ const char* row_of(int64_t token) const { return dispatch.rows + token * dispatch.row_bytes; }
 
-  // Number i that travels with a token: scales, then weights.
-  __device__ float number_of(int64_t token, int i) const {
-    return i < dispatch.scale_words
-               ? __ldcg(dispatch.scales + token * dispatch.scale_words + i)
-               : __ldcg(dispatch.weights + token * group.num_topk + i - dispatch.scale_words);
-  }
+  __device__ int scale_bytes() const { return 4 * dispatch.scale_words; }
 
   __device__ int numbers() const { return dispatch.scale_words + weight_words; }
+
+  // A token of this rank with the numbers that travel behind its row: scales, then weights.
+  __device__ Rows token_rows(int64_t token) const {
+    Rows rows{row_of(token), 1u, 0u, {}};
+    if (bulk_numbers) {
+      rows.tails[0] = {reinterpret_cast<const char*>(dispatch.scales) + token * scale_bytes(), scale_bytes()};
+      rows.tails[1] = {reinterpret_cast<const char*>(dispatch.weights + token * weight_words),
+                       4 * weight_words};
+    }
+    return rows;
+  }
+
+  // Where they don't go by bulk copies.
+  __device__ void fill_numbers(int64_t token, char* to) const {
+    float* out = reinterpret_cast<float*>(to);
+    for (int i = lane; i < numbers(); i += 32) {
+      out[i] = i < dispatch.scale_words
+                   ? __ldcg(dispatch.scales + token * dispatch.scale_words + i)
+                   : __ldcg(dispatch.weights + token * group.num_topk + i - dispatch.scale_words);
+    }
+  }
 };
 
 // This rank's tokens in the order in which they are sent: those of other ranks, or its own.
@@ -61,13 +77,13 @@ class TokenChunks {
  public:
   __device__ TokenChunks(const Context& context, bool own, TaskKind kind, const Crew& crew)
       : context_(context),
-        chunks_(context.group, context.tables.send_count, own, context.group.workspace->tasks + kind, crew) {
+        chunks_(context.group, context.tables.send_count, own, Tasks(context.group, kind, crew)) {
     tokens_ = tokens_of(chunks_.current());
     next_tokens_ = tokens_of(chunks_.next());
   }
 
   __device__ bool at_end() const { return chunks_.at_end(); }
-  __device__ Chunks::Chunk current() const { return chunks_.current(); }
+  __device__ const Chunks::Chunk& current() const { return chunks_.current(); }
   __device__ int place() const { return place_; }
   __device__ int token() const { return __shfl_sync(kAllLanes, tokens_, place_); }
 
@@ -76,7 +92,7 @@ class TokenChunks {
     place_ = 0;
     const Chunks::Chunk expected = chunks_.next();
     chunks_.advance();
-    const Chunks::Chunk chunk = chunks_.current();
+    const Chunks::Chunk& chunk = chunks_.current();
     const bool known = chunk.rank == expected.rank && chunk.first == expected.first;
     tokens_ = known ? next_tokens_ : tokens_of(chunk);
     next_tokens_ = tokens_of(chunks_.next());
@@ -103,42 +119,43 @@ struct Send {
     int64_t token;
     int peer, index;
     bool ends_chunk;
-    float numbers[kNumbers];
   };
 
   const Context& context;
   TokenChunks chunks;
   Announcer announcer;
+  bool may_send = false;
+  bool failed = false;
 
   __device__ Send(const Context& context, const Crew& crew)
       : context(context), chunks(context, false, kSending, crew) {}
 
   __device__ Fetched fetch(Item& item, bool wait) {
+    if (failed) return Fetched::failed;
     if (chunks.at_end()) return Fetched::none;
-    const Chunks::Chunk chunk = chunks.current();
-    const int round = chunk.first / context.slots.rows;
-    if (chunks.place() == 0 && round > 0) {  // that the first round may begin is known
+    const Chunks::Chunk& chunk = chunks.current();
+    const int round = context.slots.round(chunk.first);
+    if (chunks.place() == 0 && round > 0) {
       if (wait) announcer.flush();
       const Fetched drained =
           warp_fetch_drained(context.group, context.call, chunk.rank, round, Phase::dispatch_send, wait);
       if (drained != Fetched::ready) return drained;
     }
     item.token = chunks.token();
-    item.rows = context.one_row(context.row_of(item.token));
+    item.rows = context.token_rows(item.token);
     item.peer = chunk.rank;
     item.index = chunk.first + chunks.place();
     item.ends_chunk = chunks.place() + 1 == chunk.rows;
-#pragma unroll
-    for (int i = 0; i < kNumbers; ++i) {
-      const int at = context.lane + 32 * i;
-      item.numbers[i] = at < context.numbers() ? context.number_of(item.token, at) : 0.0f;
-    }
     chunks.advance();
     return Fetched::ready;
   }
 
   template <typename LoadAhead>
-  __device__ void process(const Item& item, RowBelt& belt, LoadAhead& load_ahead) {
+  __device__ void process(const Item& item, Belt& belt, LoadAhead& load_ahead) {
+    load_ahead();
+    if (!may_send) may_send = first_round_may_begin(context.group, context.call, Phase::dispatch_send);
+    failed = !may_send;
+    if (failed) return;
     const Ring ring(context.group, item.peer, context.group.rank);
     char* slot = ring.slot(context.slots, item.index);
     for (int begin = 0; begin < belt.row_bytes(); begin += belt.segment_bytes()) {
@@ -146,30 +163,21 @@ struct Send {
       char* stage = belt.take();
       int bytes = belt.bytes_from(begin);
       if (begin + bytes == belt.row_bytes() && context.numbers()) {
-        write_numbers(item, reinterpret_cast<float*>(stage + bytes));
+        if (!context.bulk_numbers) {
+          context.fill_numbers(item.token, stage + bytes);
+          bulk::fence_shared();
+          __syncwarp();
+        }
         bytes += static_cast<int>(align16(4 * context.numbers()));
       }
       if (context.lane == 0) {
         bulk::store(slot + begin, stage, bytes);
         bulk::close_group();
       }
+      belt.was_forwarded();
       announcer.count_group();
     }
     if (item.ends_chunk) announcer.end_chunk(ring, context.slots, context.call, item.index / kChunk * kChunk);
-  }
-
-  // Behind the row, to leave with it.
-  __device__ void write_numbers(const Item& item, float* numbers) const {
-#pragma unroll
-    for (int i = 0; i < kNumbers; ++i) {
-      const int at = context.lane + 32 * i;
-      if (at < context.numbers()) numbers[at] = item.numbers[i];
-    }
-    for (int at = context.lane + 32 * kNumbers; at < context.numbers(); at += 32) {
-      numbers[at] = context.number_of(item.token, at);
-    }
-    bulk::fence_shared();
-    __syncwarp();
   }
 };
 
@@ -180,7 +188,6 @@ struct Receive {
     Rows rows;
     typename Source::Arrival arrival;
     int place;  // of this lane's k: its row, or -1
-    float numbers[kNumbers];
   };
 
   const Context& context;
@@ -195,58 +202,62 @@ struct Receive {
     const int64_t pair =
         static_cast<int64_t>(item.arrival.rank) * context.group.max_tokens + item.arrival.index;
     item.place = context.lane < num_topk ? context.tables.arrival_rows[pair * num_topk + context.lane] : -1;
-    item.rows = context.one_row(source.row(item.arrival));
-#pragma unroll
-    for (int i = 0; i < kNumbers; ++i) {
-      const int at = context.lane + 32 * i;
-      item.numbers[i] = at < context.numbers() ? source.number(item.arrival, at) : 0.0f;
-    }
+    item.rows = source.rows(item.arrival);
     return Fetched::ready;
   }
 
   template <typename LoadAhead>
-  __device__ void process(const Item& item, RowBelt& belt, LoadAhead& load_ahead) {
+  __device__ void process(const Item& item, Belt& belt, LoadAhead& load_ahead) {
     const Dispatch& dispatch = context.dispatch;
-    const int lane = context.lane;
     const unsigned int here = __ballot_sync(kAllLanes, item.place >= 0);
     const unsigned int copies = dispatch.expert_layout ? here : here & -here;
     for (int begin = 0; begin < belt.row_bytes(); begin += belt.segment_bytes()) {
       load_ahead();
-      const char* stage = belt.take();
+      char* stage = belt.take();
+      const int bytes = belt.bytes_from(begin);
+      const bool last = begin + bytes == belt.row_bytes();
+      char* numbers = stage + bytes;
+      if (last) source.fill_numbers(item.arrival, numbers);
+      const int scale_bytes = last && context.bulk_numbers ? context.scale_bytes() : 0;
       for (unsigned int left = copies; left; left &= left - 1) {
         const int64_t row = __shfl_sync(kAllLanes, item.place, __ffs(left) - 1);
-        if (lane == 0) {
-          bulk::store(dispatch.out_rows + row * dispatch.row_bytes + begin, stage, belt.bytes_from(begin));
+        if (context.lane != 0) continue;
+        bulk::store(dispatch.out_rows + row * dispatch.row_bytes + begin, stage, bytes);
+        if (scale_bytes) {
+          bulk::store(reinterpret_cast<char*>(dispatch.out_scales) + row * scale_bytes, numbers, scale_bytes);
         }
       }
-      if (lane == 0) bulk::close_group();
+      if (context.lane == 0) bulk::close_group();
+      belt.was_forwarded();
+      if (last) place_numbers(item, here, copies, reinterpret_cast<const float*>(numbers));
     }
-    for (unsigned int left = copies; left; left &= left - 1) {
-      const int64_t row = __shfl_sync(kAllLanes, item.place, __ffs(left) - 1);
-      float* scales = dispatch.out_scales + row * dispatch.scale_words;
-#pragma unroll
-      for (int i = 0; i < kNumbers; ++i) {
-        if (lane + 32 * i < dispatch.scale_words) scales[lane + 32 * i] = item.numbers[i];
-      }
-      for (int at = lane + 32 * kNumbers; at < dispatch.scale_words; at += 32) {
-        scales[at] = source.number(item.arrival, at);
-      }
-    }
-    if (context.weight_words && here) place_weights(item, here);
     source.finish(item.arrival);
   }
 
-  __device__ void place_weights(const Item& item, unsigned int here) const {
-    const int num_topk = context.group.num_topk, lane = context.lane;
-    const float weight =
-        lane < num_topk ? source.number(item.arrival, context.dispatch.scale_words + lane) : 0.0f;
-    if (context.dispatch.expert_layout) {
-      if (item.place >= 0) context.dispatch.out_weights[item.place] = weight;
-      return;
+  // Those that don't go by bulk copies: the lanes' part.
+  __device__ void place_numbers(const Item& item, unsigned int here, unsigned int copies,
+                                const float* numbers) const {
+    const Dispatch& dispatch = context.dispatch;
+    const int lane = context.lane;
+    if (!context.bulk_numbers) {
+      for (unsigned int left = copies; left; left &= left - 1) {
+        const int64_t row = __shfl_sync(kAllLanes, item.place, __ffs(left) - 1);
+        for (int i = lane; i < dispatch.scale_words; i += 32) {
+          dispatch.out_scales[row * dispatch.scale_words + i] = numbers[i];
+        }
+      }
     }
-    const int64_t row = __shfl_sync(kAllLanes, item.place, __ffs(here) - 1);
-    if (lane < num_topk)
-      context.dispatch.out_weights[row * num_topk + lane] = item.place >= 0 ? weight : 0.0f;
+    if (context.weight_words && here) {
+      const int num_topk = context.group.num_topk;
+      const float weight = lane < num_topk ? numbers[dispatch.scale_words + lane] : 0.0f;
+      const int64_t row = __shfl_sync(kAllLanes, item.place, __ffs(here) - 1);
+      if (dispatch.expert_layout) {
+        if (item.place >= 0) dispatch.out_weights[item.place] = weight;
+      } else if (lane < num_topk) {
+        dispatch.out_weights[row * num_topk + lane] = item.place >= 0 ? weight : 0.0f;
+      }
+    }
+    __syncwarp();  // all have read them
   }
 };
 
@@ -272,8 +283,14 @@ struct OwnTokens {
     return Fetched::ready;
   }
 
-  __device__ const char* row(const Arrival& arrival) const { return context.row_of(arrival.token); }
-  __device__ float number(const Arrival& arrival, int i) const { return context.number_of(arrival.token, i); }
+  __device__ Rows rows(const Arrival& arrival) const { return context.token_rows(arrival.token); }
+
+  __device__ void fill_numbers(const Arrival& arrival, char* to) const {
+    if (context.bulk_numbers) return;
+    context.fill_numbers(arrival.token, to);
+    __syncwarp();
+  }
+
   __device__ void finish(const Arrival&) const {}
 };
 
@@ -286,12 +303,11 @@ struct PeersTokens {
 
   __device__ PeersTokens(const Context& context, const Crew& crew)
       : context(context),
-        chunks(context.group, context.tables.recv_count, false, context.group.workspace->tasks + kReceiving,
-               crew) {}
+        chunks(context.group, context.tables.recv_count, false, Tasks(context.group, kReceiving, crew)) {}
 
   __device__ Fetched fetch(Arrival& arrival, bool wait) {
     if (chunks.at_end()) return Fetched::none;
-    const Chunks::Chunk chunk = chunks.current();
+    const Chunks::Chunk& chunk = chunks.current();
     if (place == 0) {
       const Ring ring(context.group, context.group.rank, chunk.rank);
       const Fetched arrived = warp_fetch_arrived(context.group, ring, context.slots, context.call, chunk.rank,
@@ -305,13 +321,14 @@ struct PeersTokens {
     return Fetched::ready;
   }
 
-  __device__ const char* row(const Arrival& arrival) const {
-    return Ring(context.group, context.group.rank, arrival.rank).slot(context.slots, arrival.index);
+  __device__ Rows rows(const Arrival& arrival) const {
+    const char* slot =
+        Ring(context.group, context.group.rank, arrival.rank).slot(context.slots, arrival.index);
+    const int tail_bytes = static_cast<int>(align16(4 * context.numbers()));
+    return {slot, 1u, 0u, {{slot + context.dispatch.row_bytes, tail_bytes}, {}}};
   }
 
-  __device__ float number(const Arrival& arrival, int i) const {
-    return __ldcg(reinterpret_cast<const float*>(row(arrival) + context.dispatch.row_bytes) + i);
-  }
+  __device__ void fill_numbers(const Arrival&, char*) const {}
 
   __device__ void finish(const Arrival& arrival) const {
     if (arrival.chunk == 0) return;
@@ -349,18 +366,18 @@ __device__ void clear_padding(const Context& context, const Crew& crew) {
   for (int64_t row = end + crew.index; row < num_rows; row += crew.size) clear_row(context, row);
 }
 
-__global__ void __launch_bounds__(32 * kWarps, 1)
+__global__ void __launch_bounds__(32 * kMaxWarps, 1)
     dispatch_kernel(const __grid_constant__ Group group, const __grid_constant__ Launch launch) {
   extern __shared__ __align__(128) char memory[];
-  __shared__ uint64_t barriers[kWarps][kMaxStages];
+  __shared__ uint64_t barriers[kMaxWarps][kMaxStages];
   if (has_failed(group)) return;
   const Call call{load_volatile(&group.workspace->calls)};
   const Context context(group, launch, call);
   const Crew crew(launch.dispatch.send_blocks);
   const int warp = threadIdx.x / 32;
-  RowBelt belt(memory + warp * launch.belt.stages * launch.belt.stage_bytes, barriers[warp], launch.belt,
-               static_cast<int>(launch.dispatch.row_bytes));
-  if (crew.sends && may_send(group, call, Phase::dispatch_send)) {
+  Belt belt(memory + warp * launch.belt.stages * launch.belt.stage_bytes, barriers[warp], launch.belt,
+            static_cast<int>(launch.dispatch.row_bytes));
+  if (crew.sends) {
     Send send(context, crew);
     run_job(send, belt);
     send.announcer.flush();
@@ -373,7 +390,7 @@ __global__ void __launch_bounds__(32 * kWarps, 1)
     Receive<PeersTokens> peers(context, crew);
     run_job(peers, belt);
   }
-  bulk::wait_until_written<0>();
+  belt.drain();
   finish_call(group, call);
 }
 
@@ -381,18 +398,27 @@ __global__ void __launch_bounds__(32 * kWarps, 1)
 
 Status launch_dispatch(const Group& group, const Dispatch& dispatch) {
   const int weight_words = dispatch.weights == nullptr ? 0 : group.num_topk;
-  Launch launch{dispatch, {}, {}};
+  Launch launch{dispatch, {}, {}, true};
   const int numbers = dispatch.scale_words + weight_words;
   launch.slots.bytes = align16(dispatch.row_bytes + 4 * numbers);
   launch.slots.rows = ring_rows(group, launch.slots.bytes);
+  launch.slots.has_rounds = launch.slots.rows < group.max_tokens;
   if (group.size > 1 && launch.slots.rows == 0) return ring_too_small(group, launch.slots.bytes);
+  // Many multiprocessors wait for the link, and rather have more rows under way in each warp; few are kept
+  // busy by more warps.
+  const int warps = dispatch.num_blocks > 32 ? 7 : kMaxWarps;
   const int segments = static_cast<int>((dispatch.row_bytes + kSegmentBytes - 1) / kSegmentBytes);
   launch.belt.segment_bytes = static_cast<int>(align16((dispatch.row_bytes + segments - 1) / segments));
   launch.belt.stage_bytes = static_cast<int>(align16(launch.belt.segment_bytes + 4 * numbers));
-  launch.belt.stages = std::min(kMaxStages, kSharedBytes / kWarps / launch.belt.stage_bytes);
+  launch.belt.stages = std::min(kMaxStages, kSharedBytes / warps / launch.belt.stage_bytes);
+  for (const void* pointer :
+       {static_cast<const void*>(dispatch.scales), static_cast<const void*>(dispatch.weights)}) {
+    launch.bulk_numbers &= is_aligned(pointer, 16);
+  }
+  launch.bulk_numbers &= dispatch.scale_words % 4 == 0 && weight_words % 4 == 0;
   const Status status = allow_shared_memory(reinterpret_cast<const void*>(&dispatch_kernel), kSharedBytes);
   if (!status.is_ok()) return status;
-  dispatch_kernel<<<dispatch.num_blocks, 32 * kWarps, kSharedBytes, dispatch.stream>>>(group, launch);
+  dispatch_kernel<<<dispatch.num_blocks, 32 * warps, kSharedBytes, dispatch.stream>>>(group, launch);
   return Status::from_cuda(cudaGetLastError(), "launching the dispatch kernel");
 }
 

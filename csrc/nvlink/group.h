@@ -12,7 +12,8 @@ constexpr int kMaxRanks = 72;
 constexpr int kMaxTopk = 32;       // a warp holds the experts of a token, one in each lane
 constexpr int kMaxExperts = 1024;  // ids travel as int16, and a block keeps a bit mask for each local one
 constexpr int kChunk = 4;          // rows between two signals
-constexpr int kIndexBits = 29;     // of a row, an arrival or a slot, wherever it is kept in an int32
+constexpr int kIndexBits = 29;     // of a row, or of a rank and an arrival there, in an int32
+constexpr int kArrivalBits = 22;   // of these
 
 __host__ __device__ constexpr int64_t align16(int64_t bytes) {
   return (bytes + 15) / 16 * 16;
@@ -80,7 +81,7 @@ struct Group {
 
   // Of the ring in the window of rank `at_rank` that rank `from` writes.
   __host__ __device__ char* ring(int at_rank, int from) const {
-    const int place = (from - at_rank - 1 + size) % size;
+    const int place = from > at_rank ? from - at_rank - 1 : from - at_rank - 1 + size;
     return windows[at_rank] + at.rings + place * ring_bytes;
   }
 };

@@ -128,7 +128,7 @@ __device__ bool send_routing(const Group& group, const Plan& plan, uint64_t numb
   if (bad) atomicOr(&bad_ids, 1u);
   __syncthreads();
   if (threadIdx.x == 0 && bad_ids) atomicOr(&group.workspace->bad_ids, 1u);
-  if (is_last_block(&group.workspace->blocks_sent) && threadIdx.x < group.size) {
+  if (is_last_block<true>(&group.workspace->blocks_sent) && threadIdx.x < group.size) {
     const int peer = threadIdx.x;
     *header_of(group, peer, group.rank) = {plan.num_tokens,
                                            static_cast<int>(load_volatile(&group.workspace->bad_ids))};
@@ -258,7 +258,7 @@ __device__ void number_rows(const Group& group, const Plan& plan, const PlanTabl
       const int64_t pair = static_cast<int64_t>(rank) * group.max_tokens + place;
       if (is_first) tables.send_tokens[pair] = token;
       if (rank != group.rank) {
-        entry = PlanTables::kRemote | static_cast<int>(pair);
+        entry = PlanTables::kRemote | rank << kArrivalBits | place;
       } else {
         entry = row < 0 ? PlanTables::kDropped : row;
       }
@@ -389,7 +389,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       plan.ids[i] = -1;
     }
   }
-  if (is_last_block(&workspace->blocks_done)) finish(group, plan, shared, number);
+  if (is_last_block<true>(&workspace->blocks_done)) finish(group, plan, shared, number);
 }
 
 }  // namespace

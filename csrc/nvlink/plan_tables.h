@@ -32,7 +32,7 @@ struct PlanTables {
 
   static constexpr int kNone = -1;                     // no expert
   static constexpr int kLast = 1 << (kIndexBits + 1);  // no higher k of this token has an expert on that rank
-  static constexpr int kRemote = 1 << kIndexBits;      // index: rank * max_tokens + arrival there
+  static constexpr int kRemote = 1 << kIndexBits;      // index: rank << kArrivalBits | arrival there
   static constexpr int kIndex = kRemote - 1;           // otherwise: a row here,
   static constexpr int kDropped = kIndex;              // or none, since it was dropped
 

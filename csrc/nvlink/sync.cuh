@@ -99,16 +99,17 @@ __device__ __forceinline__ bool wait_for(const uint64_t* signal, uint64_t value,
 }
 
 // True for all threads of the one block that comes here last, which sees everything that the others did
-// before.
+// before; with `System`, so do those that it signals on other devices.
+template <bool System>
 __device__ __forceinline__ bool is_last_block(unsigned int* counter) {
   __shared__ bool last;
   __syncthreads();
   if (threadIdx.x == 0) {
-    __threadfence_system();
+    System ? __threadfence_system() : __threadfence();
     last = atomicAdd(counter, 1u) == gridDim.x - 1;
     if (last) {
       *counter = 0;
-      __threadfence_system();
+      System ? __threadfence_system() : __threadfence();
     }
   }
   __syncthreads();
