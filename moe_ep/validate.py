@@ -63,7 +63,7 @@ def check_topk_idx(topk_idx: torch.Tensor, num_tokens: int, device: torch.device
         raise InvalidInput(f"topk_idx is a {type(topk_idx).__name__}; it must be an int64 or int32 tensor")
     if topk_idx.dtype not in (torch.int64, torch.int32):
         raise InvalidInput(f"topk_idx is {topk_idx.dtype}; allowed are int64 and int32")
-    if tuple(topk_idx.shape) != (num_tokens, comm.num_topk):
+    if topk_idx.shape != (num_tokens, comm.num_topk):
         raise InvalidInput(
             f"topk_idx has shape {tuple(topk_idx.shape)}; it must be {(num_tokens, comm.num_topk)}: "
             "one row for each row of x, num_topk columns"
@@ -81,7 +81,7 @@ def check_topk_weights(
         raise InvalidInput(
             f"topk_weights is {weights.dtype}; it must be float32 (or float64 beside a float64 x)"
         )
-    if tuple(weights.shape) != (num_tokens, comm.num_topk):
+    if weights.shape != (num_tokens, comm.num_topk):
         raise InvalidInput(
             f"topk_weights has shape {tuple(weights.shape)}; it must be topk_idx's, {(num_tokens, comm.num_topk)}"
         )
@@ -129,7 +129,7 @@ def check_biases(biases: tuple[torch.Tensor, ...], rows: torch.Tensor, num_token
         if not isinstance(bias, torch.Tensor):
             raise InvalidInput(f"bias {i} is a {type(bias).__name__}; it must be a tensor")
         wanted = num_tokens, rows.shape[1]
-        if tuple(bias.shape) != wanted or bias.dtype != rows.dtype:
+        if bias.shape != wanted or bias.dtype != rows.dtype:
             raise InvalidInput(
                 f"bias {i} is {bias.dtype} of shape {tuple(bias.shape)}; it must be {rows.dtype} of shape {wanted}, "
                 "as the result"
