@@ -84,6 +84,8 @@ def dispatch(
                 "topk_idx is None; give the experts of each token, or the handle of an earlier dispatch"
             )
         check_topk_idx(topk_idx, num_tokens, x.device, comm)
+        if not isinstance(x, Fp8Tokens):
+            comm._impl.check_rows("x", x)
     else:
         _check_reuse(handle, comm, topk_idx, num_tokens)
     if fp8 is not None and not isinstance(x, Fp8Tokens):

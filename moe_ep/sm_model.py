@@ -4,7 +4,7 @@ A call is bound by the link, which a few SMs saturate, or by what its SMs can lo
 H200 (docs/benchmarks), with routing taken as uniform:
 
     link_us = bytes that leave the rank / LINK
-    sm_us   = (bytes stored / STORE + bytes loaded / LOAD) / num_sms
+    sm_us   = (bytes stored / STORE + bytes loaded / LOAD + bytes added up / ADD) / num_sms
 
 The choice is the smallest number of SMs with ``sm_us <= SLACK * link_us``, and no more than `OVERLAPPED_SMS` where
 computation runs at the same time, whose time counts as well.
@@ -20,8 +20,11 @@ STORE_GBPS = 61.0
 """What one SM stores."""
 LOAD_GBPS = 170.0
 """What one SM loads."""
+ADD_GBPS = 55.0
+"""What one SM loads and adds up."""
 SLACK = 0.75
 OVERLAPPED_SMS = 24
+MOST_SENDERS = 24
 WARPS = 12
 """Of a kernel, on each multiprocessor: a warp that sends keeps to one peer where rings are short."""
 _STEP = 4
@@ -59,10 +62,11 @@ class Work:
     def sm_us(self, num_sms: int) -> float:
         own = self.num_tokens * self.ranks_per_token / self.num_ranks
         if self.op == "dispatch":
-            stored, loaded = self.rows_sent + self.rows, 2 * self.rows_sent + own
+            stored, loaded, added = self.rows_sent + self.rows, 2 * self.rows_sent + own, 0.0
         else:
-            stored, loaded = self.rows_sent + self.num_tokens, self.rows_sent + self.rows
-        return self.row_bytes * (stored / STORE_GBPS + loaded / LOAD_GBPS) / 1e3 / num_sms
+            stored, loaded, added = self.rows_sent + self.num_tokens, 0.0, self.rows_sent + self.rows
+        time = stored / STORE_GBPS + loaded / LOAD_GBPS + added / ADD_GBPS
+        return self.row_bytes * time / 1e3 / num_sms
 
 
 def choose_num_sms(work: Work, available: int, overlapped: bool = False) -> int:
@@ -77,9 +81,19 @@ def choose_num_sms(work: Work, available: int, overlapped: bool = False) -> int:
 
 
 def split(work: Work, num_sms: int) -> tuple[int, int]:
-    """Multiprocessors of a kernel, at least 2 where there are peers, and how many of them send."""
+    """SMs of a kernel, at least 2 where there are peers, and how many of them send.
+
+    The shares that were best on 2 H200 with 24, 64 and 132 SMs. Those that send help the others when they are done, so
+    too many cost less than too few; past some 24 they only get into each other's way.
+    """
     if work.num_ranks == 1:
         return num_sms, 0
     num_sms = max(2, num_sms)
-    share = num_sms // 3 if work.op == "dispatch" else num_sms // 2
-    return num_sms, max(1, min(share, 24), -(-(work.num_ranks - 1) // WARPS))
+    if work.op == "dispatch":
+        senders = min(0.42 * num_sms, 6.5 + 0.14 * num_sms)
+    elif work.layout == "rank":
+        senders = min(0.34 * num_sms, 5 + 0.145 * num_sms)
+    else:
+        senders = 0.55 * num_sms
+    senders = max(1, min(int(senders), MOST_SENDERS), -(-(work.num_ranks - 1) // WARPS))
+    return max(num_sms, senders + 1), senders

@@ -58,7 +58,7 @@ def check_num_tokens(num_tokens: int, comm: Communicator) -> None:
 
 
 def check_topk_idx(topk_idx: torch.Tensor, num_tokens: int, device: torch.device, comm: Communicator) -> None:
-    """Shape, dtype and device; the values are checked by `bad_ids_message`."""
+    """Shape, dtype and device; the values are checked by `moe_ep.ids`."""
     if not isinstance(topk_idx, torch.Tensor):
         raise InvalidInput(f"topk_idx is a {type(topk_idx).__name__}; it must be an int64 or int32 tensor")
     if topk_idx.dtype not in (torch.int64, torch.int32):

@@ -164,6 +164,7 @@ def assert_cases(cases: Sequence[Case], outcomes_by_rank: Sequence[dict[str, Res
 
     A rank's outcome of a case is its results, or text that says why there are none; a case not reached has none.
     """
+    assert len({str(case) for case in cases}) == len(cases), "two cases have one name"
     wrong, not_run = [], 0
     for case in cases:
         outcomes = [each.get(str(case)) for each in outcomes_by_rank]

@@ -113,7 +113,7 @@ __device__ __forceinline__ void finish_call(const Group& group, Call call) {
   if (threadIdx.x < group.size) {
     group.workspace->consumed[threadIdx.x] = 0;
     if (threadIdx.x != group.rank) {
-      store_relaxed(drained_signal(group, threadIdx.x, group.rank), call.stamp(0) + (1 << 16));
+      store_release(drained_signal(group, threadIdx.x, group.rank), call.stamp(0) + (1 << 16));
     }
   }
   if (threadIdx.x < 3) group.workspace->tasks[threadIdx.x] = 0;
@@ -289,7 +289,8 @@ class Belt {
 };
 
 // Tells peers of chunks once the bulk stores that fill them are complete, which those behind need not wait
-// for.
+// for. The signal has a fence all the same: between two GPUs a plain store of it was seen to overtake rows
+// whose stores had completed.
 class Announcer {
  public:
   // Lane 0 has closed a group of stores.
@@ -298,7 +299,7 @@ class Announcer {
     if (signal_ != nullptr && groups_ - last_of_chunk_ >= kLag) {
       if (threadIdx.x % 32 == 0) {
         bulk::wait_until_written<kLag>();
-        store_relaxed(signal_, stamp_);
+        store_release(signal_, stamp_);
       }
       signal_ = nullptr;
     }
@@ -315,7 +316,7 @@ class Announcer {
   __device__ __forceinline__ void flush() {
     if (signal_ != nullptr && threadIdx.x % 32 == 0) {
       bulk::wait_until_written<0>();
-      store_relaxed(signal_, stamp_);
+      store_release(signal_, stamp_);
     }
     signal_ = nullptr;
   }

@@ -97,6 +97,9 @@ class Backend(ABC):
     def all_gather(self, values: torch.Tensor) -> torch.Tensor:
         """``[R, n]`` from every rank's int64 CPU tensor ``values [n]``; also a barrier."""
 
+    def check_rows(self, name: str, rows: torch.Tensor) -> None:
+        """Raise InvalidInput for rows that this backend can't move, before anything is sent."""
+
     def check_health(self) -> None:
         """Raise what has gone wrong since in calls that did not wait for the device."""
 

@@ -53,7 +53,7 @@ class Shape:
 
     def ring_bytes(self, kernels: ModuleType) -> int:
         """Of the rows that one rank may have under way to another: max_tokens_per_rank rows of 2 * hidden bytes with
-        their weights. Wider rows, and FP8 rows of few columns, take turns."""
+        their weights. Wider rows take turns."""
         chunk = kernels.nvlink.CHUNK
         rows = -(-self.max_tokens_per_rank // chunk) * chunk
         narrow, wide = (-(-(size * self.hidden + 4 * self.num_topk) // 16) * 16 for size in (2, 4))
@@ -77,6 +77,7 @@ def check_limits(shape: Shape, num_ranks: int, kernels: ModuleType) -> None:
     limits = kernels.nvlink
     for name, value, limit in (
         ("the number of ranks", num_ranks, limits.MAX_RANKS),
+        ("max_tokens_per_rank", shape.max_tokens_per_rank, limits.MAX_TOKENS),
         ("num_topk", shape.num_topk, limits.MAX_TOPK),
         ("num_experts", shape.num_experts, limits.MAX_EXPERTS),
         (
@@ -234,8 +235,7 @@ class NvlinkBackend(Backend):
         if self._cpu is not None and not rows.is_cuda:
             return self._cpu.dispatch(parts, weights, state, spec)
         self.check_health(bad_ids=False)
-        self._check_device(rows)
-        self._check_dtype("x", rows.dtype)
+        self.check_rows("x", rows)
         meta = state[Routing.ROWS]
         num_rows = meta.shape[0]
         out = [rows.new_empty((num_rows, rows.shape[1]))]
@@ -281,8 +281,7 @@ class NvlinkBackend(Backend):
         if self._cpu is not None and not rows.is_cuda:
             return self._cpu.combine(rows, row_weights, biases, state, spec)
         self.check_health(bad_ids=False)
-        self._check_device(rows)
-        self._check_dtype("expert_rows", rows.dtype)
+        self.check_rows("expert_rows", rows)
         if len(biases) > _MAX_BIASES:
             raise InvalidInput(f"{len(biases)} biases are given; the NVLink kernels add up to {_MAX_BIASES}")
         num_tokens = state[Routing.TOKENS].shape[0]
@@ -337,6 +336,16 @@ class NvlinkBackend(Backend):
         """Multiprocessors that this rank's kernels may take: ranks that share a GPU share them."""
         return _count_sms(self.device) // (self.size if self.name == "virtual" else 1)
 
+    def check_rows(self, name: str, rows: torch.Tensor) -> None:
+        if self._cpu is not None and not rows.is_cuda:
+            return
+        self._check_device(rows)
+        if rows.dtype not in self._kernel_dtypes and rows.dtype != torch.uint8:
+            raise InvalidInput(
+                f"{name} is {rows.dtype}; the NVLink kernels take float32, bfloat16, float16 and Fp8Tokens: "
+                "use backend='collective' for others"
+            )
+
     def check_health(self, bad_ids: bool = True) -> None:
         """Raise what kernels have reported. Without ``bad_ids``, only what keeps them from working on."""
         communicator = self._communicator
@@ -382,13 +391,6 @@ class NvlinkBackend(Backend):
                 f"tensors are on {device}; this communicator is on {self.device}, the current device when it was made"
             )
         return device
-
-    def _check_dtype(self, name: str, dtype: torch.dtype) -> None:
-        if dtype not in self._kernel_dtypes and dtype != torch.uint8:
-            raise InvalidInput(
-                f"{name} is {dtype}; the NVLink kernels take float32, bfloat16, float16 and Fp8Tokens: "
-                "use backend='collective' for others"
-            )
 
 
 @functools.cache

@@ -64,7 +64,7 @@ def choices(world_size: int) -> Iterator[Case]:
     for num_topk in (1, 2, 3, 5, 9, 16, 31, 32):
         for layout in LAYOUTS:
             yield Case(
-                f"top{num_topk}",
+                f"choose_{num_topk}",
                 ragged(world_size, 40),
                 hidden=64,
                 num_experts=-(-40 // world_size) * world_size,
@@ -81,7 +81,7 @@ def experts(world_size: int) -> Iterator[Case]:
         num_experts = per_rank * world_size
         for layout in LAYOUTS:
             yield Case(
-                f"{num_experts}_experts",
+                f"of_{num_experts}",
                 ragged(world_size, 100),
                 hidden=64,
                 num_experts=num_experts,
@@ -105,7 +105,7 @@ def imbalance(world_size: int) -> Iterator[Case]:
         )
         yield Case("from_one_rank", crowd, num_topk=4, layout=layout, **common)
         yield Case("from_one_rank_to_one", crowd, num_topk=8, routing="one_rank", layout=layout, **common)
-    yield Case("same_experts", (300,) * world_size, num_topk=8, routing="same_experts", **common)
+    yield Case("same_experts_often", (300,) * world_size, num_topk=8, routing="same_experts", **common)
 
 
 def bit_patterns(world_size: int) -> Iterator[Case]:
