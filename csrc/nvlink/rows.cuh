@@ -329,10 +329,9 @@ class Announcer {
   int last_of_chunk_ = 0;
 };
 
-// Runs the items of a job, loading each while the one before is processed. A job has
-//   Fetched fetch(Item&, bool wait)   the next item in order; without `wait`, not_yet if it would have to
-//   wait void process(const Item&, Belt&, LoadAhead&)   calls load_ahead() before it takes a segment from the
-//   belt
+// Runs the items of a job, loading each while the one before is processed. Of a job,
+// - `fetch(item, wait)` gives the next item in order; without `wait`, not_yet if it would have to wait;
+// - `process(item, belt, load_ahead)` calls load_ahead() before it takes a segment from the belt.
 template <typename Job>
 __device__ __forceinline__ void run_job(Job& job, Belt& belt) {
   using Cursor = Belt::Cursor;
