@@ -31,6 +31,7 @@ class Received:
 def received(case: Case, rank: int, num_rows: int, device: torch.device | str = "cpu") -> Received:
     """What the experts of ``rank`` and their backward make of ``num_rows`` rows."""
     shape = (num_rows,) if case.layout == "expert" else (num_rows, case.num_topk)
+    settle(device)
     return Received(
         rows=case.expert_rows(rank, num_rows, device),
         grad_tokens=case.grad_tokens(rank, num_rows, device),
@@ -47,6 +48,15 @@ def run_case(case: Case, comm: moe_ep.Communicator, device: torch.device | str =
         lambda num_rows: received(case, comm.rank, num_rows, device),
     )
     return on_cpu(results)
+
+
+def settle(device: torch.device | str) -> None:
+    """Wait for the current stream, so that a copy to or from the host needn't wait inside the driver.
+
+    There it could hold up the launches of other threads, virtual ranks that this stream waits for.
+    """
+    if torch.device(device).type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
 
 
 def run_step(
@@ -86,6 +96,8 @@ def run_step(
 
 def on_cpu(results: Results) -> Results:
     """Copies that nothing can change any more."""
+    for device in {value.device for value in results.values()}:
+        settle(device)
     return {name: value.detach().clone().cpu() for name, value in results.items()}
 
 
