@@ -1,0 +1,241 @@
+"""EPHandle: what a V2 dispatch leaves behind, with deep_ep's attributes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ...errors import InvalidInput
+from ...handle import DispatchHandle
+from .transport import outside_autograd
+
+NO_TOKEN = 0
+"""In place of a token's number plus one."""
+
+
+class EPHandle:
+    """The routing of one dispatch, for `ElasticBuffer.combine` and for dispatching again by it.
+
+    A handle owns its tensors, and any number may be alive. Its attributes may be replaced; ``combine`` reads
+    ``recv_src_metadata`` and ``num_sms`` again. R ranks, T = ``num_max_tokens_per_rank``, N tokens of this rank, n
+    received (token, rank) pairs, K top-k, L local experts; tensors are int32 unless said otherwise.
+
+    - ``do_expand``, ``num_experts``, ``expert_alignment``, ``num_max_tokens_per_rank``: as dispatched.
+      ``num_sms``: as asked for, 0 = automatic. ``topk_idx [N, K]``: a clone, or with ``do_handle_copy=False`` the
+      caller's own
+    - ``num_recv_tokens``: n; ``num_expanded_tokens``: rows by expert, with alignment;
+      ``num_recv_tokens_per_expert_list``: L numbers, each rounded up to the alignment. Without CPU sync the most there
+      can be, and an empty list
+    - ``psum_num_recv_tokens_per_scaleup_rank [R]``: end of each source rank's pairs; the last is n
+    - ``psum_num_recv_tokens_per_expert [L]``: plain: the aligned counts' sums up to and with each expert; expanded: the
+      row behind each expert's last token
+    - ``num_unaligned_recv_tokens_per_expert [L]``
+    - ``recv_src_metadata [n, 2 + K]``: source rank * T + token; source rank * K + the token's highest k here; with
+      expansion, the row of each k, or -1
+    - ``dst_buffer_slot_idx [N, K]``: own rank * T + the token's place among those for the destination, at the highest k
+      of each destination; else -1
+    - ``token_metadata_at_forward``, ``channel_linked_list``, ``cached_recv_src_metadata_before_sort``: None, as deep_ep
+      has it within one NVLink domain and where rows need no sorting
+
+    What is not at hand is worked out when it is first read, so that calls do not pay for it.
+    """
+
+    def __init__(
+        self,
+        do_expand: bool,
+        num_experts: int,
+        expert_alignment: int,
+        num_max_tokens_per_rank: int,
+        num_sms: int,
+        topk_idx: torch.Tensor,
+        num_recv_tokens: int,
+        num_expanded_tokens: int,
+        num_recv_tokens_per_expert_list: list[int],
+        psum_num_recv_tokens_per_scaleup_rank: torch.Tensor,
+        psum_num_recv_tokens_per_expert: torch.Tensor,
+        num_unaligned_recv_tokens_per_expert: torch.Tensor,
+        recv_src_metadata: torch.Tensor,
+        dst_buffer_slot_idx: torch.Tensor,
+        token_metadata_at_forward: torch.Tensor | None = None,
+        channel_linked_list: torch.Tensor | None = None,
+        cached_recv_src_metadata_before_sort: torch.Tensor | None = None,
+    ) -> None:
+        given = dict(locals())
+        for name in ("self", "__class__"):
+            given.pop(name, None)
+        self.__dict__.update(given)
+
+    @classmethod
+    def of_dispatch(
+        cls, routing: DispatchHandle, sources: Sources, known: dict[str, Any], derive: dict[str, Callable]
+    ) -> EPHandle:
+        """``known`` attributes by value, the rest by the functions that work them out."""
+        handle = cls.__new__(cls)
+        handle.__dict__.update(
+            token_metadata_at_forward=None,
+            channel_linked_list=None,
+            cached_recv_src_metadata_before_sort=None,
+            **known,
+            _routing=routing,
+            _row_routing=None,
+            _sources=sources,
+            _derive=derive,
+        )
+        return handle
+
+    @outside_autograd
+    def __getattr__(self, name: str) -> Any:
+        """Called for what is not there yet."""
+        make = self.__dict__.get("_derive", {}).get(name)
+        if make is None:
+            raise AttributeError(f"EPHandle has no attribute {name!r}")
+        value = make()
+        setattr(self, name, value)
+        return value
+
+    def work_out_everything(self) -> None:
+        """Before the end of a graph capture: what is worked out later would not change with the graph's replays."""
+        for name in self._derive:
+            getattr(self, name)
+
+    def routing(self) -> DispatchHandle:
+        routing = self.__dict__.get("_routing")
+        if routing is None:
+            raise InvalidInput(
+                "this EPHandle was made by hand; combine and dispatch need one that a dispatch returned (its "
+                "attributes may be replaced)"
+            )
+        return routing
+
+    def tensors(self) -> list[torch.Tensor]:
+        """All that the dispatch left in it."""
+        routings = [each for each in (self.routing(), self._row_routing) if each is not None]
+        states = [tensor for routing in routings for tensor in routing.state]
+        return [*states, self._sources.numbers, self._sources.ids]
+
+    def as_dispatched(self, rows: torch.Tensor) -> torch.Tensor:
+        """``rows [m, ...]`` in the places that the dispatch gave them, for all its rows.
+
+        Fewer rows than the dispatch had are the first ones. Where the caller has replaced ``recv_src_metadata``, it
+        says which row is whose.
+        """
+        num_rows = self.routing().num_rows
+        replaced = self.__dict__.get("recv_src_metadata")
+        own = self._sources.metadata() if replaced is not None else None
+        if replaced is None or replaced.data_ptr() == own.data_ptr():
+            if rows.shape[0] == num_rows:
+                return rows
+            as_it_was = replaced is None or len(replaced) == len(own)
+            if rows.shape[0] > num_rows or (self.num_recv_tokens_per_expert_list and as_it_was):
+                raise InvalidInput(f"there are {rows.shape[0]} rows; this handle's dispatch gave {num_rows}")
+            full = rows.new_zeros(num_rows, *rows.shape[1:])
+            full[: rows.shape[0]] = rows
+            return full
+        places, given = self._sources.match(replaced)
+        full = rows.new_zeros(num_rows + 1, *rows.shape[1:])  # one more for what is nobody's
+        if len(rows):
+            full[torch.where(places < 0, num_rows, places)] = rows[given.clamp(min=0)]
+        return full[:num_rows]
+
+
+@dataclass
+class Sources:
+    """Where the rows of a dispatch came from, by what travelled with them.
+
+    numbers: int32 ``[rows]``, source rank * T + token + 1, or NO_TOKEN. ids: ``[rows, K]``, of which ``first_expert``
+    and the ``num_local - 1`` behind it are of this rank. segments: rows of each local expert in an expanded layout
+    ``[L]``; None for a plain one. static: the host does not know how many tokens have come.
+    """
+
+    numbers: torch.Tensor
+    ids: torch.Tensor
+    first_expert: int
+    num_local: int
+    segments: torch.Tensor | None
+    num_ranks: int
+    max_tokens: int
+    static: bool
+    _metadata: torch.Tensor | None = None
+
+    def arrived(self) -> torch.Tensor:
+        """Whether each number, beginning with NO_TOKEN, is a token that came: int32 ``[R * T + 1]``."""
+        arrived = self.numbers.new_zeros(self.num_ranks * self.max_tokens + 1)
+        arrived[self.numbers.long()] = 1
+        arrived[NO_TOKEN] = 0
+        return arrived
+
+    def ends_by_rank(self) -> torch.Tensor:
+        """psum_num_recv_tokens_per_scaleup_rank."""
+        per_rank = self.arrived()[1:].view(self.num_ranks, self.max_tokens).sum(1)
+        return per_rank.cumsum(0).int()
+
+    def num_tokens(self) -> int:
+        """n, the most there can be without a CPU sync."""
+        if self.static:
+            return self.num_ranks * self.max_tokens
+        return len(self.numbers) if self.segments is None else int(self.arrived().sum())
+
+    def metadata(self) -> torch.Tensor:
+        """recv_src_metadata; the same tensor each time."""
+        if self._metadata is None:
+            self._metadata = self._work_out_metadata()
+        return self._metadata
+
+    def _work_out_metadata(self) -> torch.Tensor:
+        num_topk = self.ids.shape[1]
+        expert_here = self.ids - self.first_expert
+        num_pairs = self.num_tokens()
+        numbers = self.numbers.long()
+        place = (self.arrived().cumsum(0) - 1)[numbers]
+        place = torch.where(numbers == NO_TOKEN, num_pairs, place)  # the last row takes what is nobody's
+        k = torch.arange(1, num_topk + 1, device=numbers.device)
+        is_here = (expert_here >= 0) & (expert_here < self.num_local)
+        highest_k = (is_here * k).amax(1) - 1
+        metadata = self.numbers.new_full((num_pairs + 1, 2 + num_topk), -1)
+        metadata[place, 0] = self.numbers - 1
+        metadata[place, 1] = ((numbers - 1) // self.max_tokens * num_topk + highest_k).int()
+        if self.segments is not None:
+            rows = torch.arange(len(numbers), device=numbers.device)
+            expert = torch.searchsorted(self.segments.cumsum(0), rows, right=True)
+            k_of_row = (expert_here == expert.unsqueeze(1)).int().argmax(1)
+            metadata[place, 2 + k_of_row] = rows.int()
+        return metadata[:num_pairs]
+
+    def match(self, replaced: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows of the dispatch, and those that the caller's metadata has for them; -1 in both for none."""
+        own = self.metadata()
+        size = self.num_ranks * self.max_tokens
+        index = own.new_full((size + 1,), -1).long()
+        numbers = own[:, 0].long()
+        index[torch.where(numbers < 0, size, numbers)] = torch.arange(len(own), device=own.device)
+        wanted = replaced[:, 0].long()
+        pairs = index[torch.where(wanted < 0, size, wanted)]
+        pairs = torch.where(wanted < 0, -1, pairs)
+        if self.segments is None:
+            return pairs, torch.arange(len(replaced), device=own.device)
+        rows = own[pairs.clamp(min=0), 2:].long()
+        given = replaced[:, 2:].long()
+        rows = torch.where((given < 0) | (pairs < 0).unsqueeze(1), -1, rows)
+        return rows.flatten(), given.flatten()
+
+
+def slots_at_destination(
+    topk_idx: torch.Tensor, rank: int, num_ranks: int, num_local: int, max_tokens: int
+) -> torch.Tensor:
+    """dst_buffer_slot_idx from ``topk_idx [N, K]``.
+
+    >>> topk_idx = torch.tensor([[0, 3], [1, 0], [2, -1]])
+    >>> slots_at_destination(topk_idx, rank=1, num_ranks=2, num_local=2, max_tokens=8)
+    tensor([[ 8,  8],
+            [-1,  9],
+            [ 9, -1]], dtype=torch.int32)
+    """
+    ranks = torch.where(topk_idx < 0, num_ranks, topk_idx // num_local).long()
+    later = (ranks.unsqueeze(2) == ranks.unsqueeze(1)).triu(diagonal=1).any(2)
+    goes_to = torch.zeros(len(ranks), num_ranks + 1, dtype=torch.int32, device=ranks.device)
+    goes_to.scatter_(1, ranks, 1)
+    places = (goes_to.cumsum(0) - 1).gather(1, ranks)
+    return torch.where((ranks < num_ranks) & ~later, rank * max_tokens + places, -1).int()

@@ -1,0 +1,249 @@
+"""What the buffers of deep_ep's V2 and HybridEP stand on: communicators for the shapes of their calls, and rows that
+carry numbers.
+
+These calls return more about a row than `moe_ep.dispatch` has a place for: the weights of all of a token's experts, the
+token's number on its rank, scales of any kind. Such numbers travel as 32-bit words behind the row, where FP8 scales
+do. Of moe_ep's layers `moe_ep.ops` is the one that takes them. Nothing here looks into a backend's routing state.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from ... import ops
+from ...backends.base import Part, RoutingSpec
+from ...backends.virtual import VirtualGroup
+from ...communicator import Communicator
+from ...errors import InvalidInput
+from ...functional import dispatch
+from ...handle import DispatchHandle
+
+Group = dist.ProcessGroup | VirtualGroup | None
+Result = TypeVar("Result")
+
+ROW_BYTES_MULTIPLE = 16
+_WORDS_MULTIPLE = 4  # whole 16 bytes go by the kernels' bulk copies
+
+
+def outside_autograd(method: Callable[..., Result]) -> Callable[..., Result]:
+    """deep_ep's calls are not differentiable; tensors made under inference mode are good outside of it too."""
+
+    @functools.wraps(method)
+    def call(*args, **kwargs):
+        with torch.inference_mode(False), torch.no_grad():
+            return method(*args, **kwargs)
+
+    return call
+
+
+class Communicators:
+    """The communicators of one group, one for each shape of calls.
+
+    deep_ep's buffers learn the number of experts and of top-k from their calls. All ranks make the same calls, so the
+    communicators that a call needs are made on all ranks at once.
+    """
+
+    def __init__(self, group: Group, timeout_s: float) -> None:
+        if group is None and dist.is_available() and dist.is_initialized():
+            group = dist.group.WORLD
+        if group is not None and not isinstance(group, dist.ProcessGroup | VirtualGroup):
+            raise InvalidInput(
+                f"group is a {type(group).__name__}; it must be a torch.distributed ProcessGroup (or a VirtualGroup)"
+            )
+        self.group = group
+        self.rank, self.size = group_rank(group), group_size(group)
+        self._timeout_s = timeout_s
+        self._by_shape: dict[tuple[int, int, int, int], Communicator] = {}
+        self._meeting: tuple[torch.Tensor, DispatchHandle] | None = None
+
+    def get(self, hidden: int, max_tokens: int, num_experts: int, num_topk: int) -> Communicator:
+        """For rows of ``hidden`` elements. Collective where there is none yet."""
+        shape = hidden, max(1, max_tokens), num_experts, num_topk
+        comm = self._by_shape.get(shape)
+        if comm is None:
+            comm = self._by_shape[shape] = Communicator(
+                self.group,
+                hidden=hidden,
+                max_tokens_per_rank=shape[1],
+                num_experts=num_experts,
+                num_topk=num_topk,
+                timeout_s=self._timeout_s,
+            )
+        return comm
+
+    def at_width(self, routing: DispatchHandle, hidden: int) -> DispatchHandle:
+        """`for_width`, for rows of ``hidden`` elements. Collective where there is no communicator yet."""
+        spec = routing.spec
+        comm = self.get(hidden, spec.max_tokens_per_rank, spec.num_experts, spec.num_topk)
+        return for_width(routing, comm)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the group's tensors live."""
+        if isinstance(self.group, VirtualGroup):
+            return self.group.device
+        comm = self._of_meeting()
+        on_cpu = self.group is None or "nccl" not in dist.get_backend_config(self.group)
+        return torch.device("cpu" if on_cpu and comm.backend != "nvlink" else "cuda")
+
+    def barrier(self) -> None:
+        """A row from every rank to every rank: on a GPU, a barrier of the streams that does not hold up the host."""
+        self._meet(0)
+
+    def largest(self, number: int) -> int:
+        """The largest of all ranks' numbers, up to 2^24. Collective; the host waits."""
+        return int(self._meet(number).max())
+
+    def close(self) -> None:
+        for comm in self._by_shape.values():
+            comm.close()
+        self._by_shape.clear()
+        self._meeting = None
+
+    def _of_meeting(self) -> Communicator:
+        return self.get(ROW_BYTES_MULTIPLE // 4, self.size, self.size, 1)
+
+    @outside_autograd
+    def _meet(self, number: int) -> torch.Tensor:
+        comm = self._of_meeting()
+        if self._meeting is None:
+            rows = torch.zeros(self.size, comm.hidden, device=self.device)
+            to_each = torch.arange(self.size, device=rows.device).unsqueeze(1)
+            handle = dispatch(rows, to_each, None, comm, layout="rank").handle
+            self._meeting = rows, handle
+        rows, handle = self._meeting
+        return dispatch(rows.clone().fill_(number), None, None, comm, handle=handle).tokens
+
+
+def group_rank(group: Group) -> int:
+    if group is None:
+        return 0
+    return group.rank if isinstance(group, VirtualGroup) else dist.get_rank(group)
+
+
+def group_size(group: Group) -> int:
+    if group is None:
+        return 1
+    return group.size if isinstance(group, VirtualGroup) else dist.get_world_size(group)
+
+
+def plan(
+    comm: Communicator,
+    topk_idx: torch.Tensor,
+    layout: str,
+    *,
+    alignment: int = 1,
+    max_recv_rows: int | None = None,
+    num_sms: int | None = None,
+) -> DispatchHandle:
+    """Exchange the routing ``topk_idx [T, K]``, without sending a row."""
+    spec = RoutingSpec(
+        comm.num_experts,
+        comm.num_local_experts,
+        comm.num_topk,
+        comm.max_tokens_per_rank,
+        layout,
+        alignment,
+        max_recv_rows,
+    )
+    return DispatchHandle(comm.id, spec, ops.plan(topk_idx.contiguous(), comm.id, spec, num_sms))
+
+
+def for_width(routing: DispatchHandle, comm: Communicator) -> DispatchHandle:
+    """The same routing for rows of another width: which row goes where has nothing to do with its size."""
+    if comm.id == routing.communicator_id:
+        return routing
+    return DispatchHandle(comm.id, routing.spec, routing.state)
+
+
+def send(
+    x: torch.Tensor,
+    numbers: Sequence[torch.Tensor],
+    weights: torch.Tensor | None,
+    routing: DispatchHandle,
+    num_sms: int | None = None,
+) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor | None]:
+    """Send rows and what belongs to them.
+
+    x: ``[T, H]`` of any dtype. numbers: tensors ``[T, n]`` of 32-bit dtypes and any strides, which travel with the
+    rows as they are. weights: float32 ``[T, K]`` or None; as `moe_ep.dispatch` has them.
+
+    Returns rows ``[N, H]``, numbers ``[N, n]``, row weights. Rows without a token are zeros, also in the numbers.
+    """
+    parts = [Part(x.view(torch.uint8) if x.element_size() == 1 else x)]
+    if numbers:
+        parts.append(Part(_pack(numbers), padding=0))
+    out, row_weights = ops.dispatch(
+        parts, weights, routing.communicator_id, routing.spec, routing.state, num_sms
+    )
+    return out[0].view(x.dtype), _unpack(out[1], numbers) if numbers else [], row_weights
+
+
+def bring_back(
+    rows: torch.Tensor,
+    row_weights: torch.Tensor | None,
+    biases: Sequence[torch.Tensor],
+    routing: DispatchHandle,
+    num_sms: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`moe_ep.combine` with the row weights' way back ``[T, K]`` beside it."""
+    return ops.combine(
+        rows, row_weights, biases, routing.communicator_id, routing.spec, routing.state, num_sms
+    )
+
+
+def check_rows(name: str, x: torch.Tensor, num_rows: int | None = None) -> None:
+    """``x`` is ``[num_rows, H]`` and its rows can travel."""
+    if not isinstance(x, torch.Tensor) or x.dim() != 2:
+        seen = f"of shape {tuple(x.shape)}" if isinstance(x, torch.Tensor) else f"a {type(x).__name__}"
+        raise InvalidInput(f"{name} is {seen}; it must be a tensor [tokens, hidden]")
+    row_bytes = x.shape[1] * x.element_size()
+    if row_bytes % ROW_BYTES_MULTIPLE or row_bytes == 0:
+        raise InvalidInput(
+            f"a row of {name} has {row_bytes} bytes ({x.shape[1]} of {x.dtype}); "
+            f"it must be a multiple of {ROW_BYTES_MULTIPLE} bytes"
+        )
+    if not x.is_contiguous():
+        raise InvalidInput(f"{name} is not contiguous (strides {x.stride()}); call .contiguous() on it")
+    if num_rows is not None and x.shape[0] != num_rows:
+        raise InvalidInput(f"{name} has {x.shape[0]} rows; it must have {num_rows}")
+
+
+def check_numbers(
+    name: str, numbers: torch.Tensor, shape: tuple[int | None, ...], dtype: torch.dtype
+) -> None:
+    """A tensor of this dtype and shape, in which None stands for any size."""
+    fits = isinstance(numbers, torch.Tensor) and numbers.dim() == len(shape) and numbers.dtype == dtype
+    if not fits or any(want not in (None, have) for want, have in zip(shape, numbers.shape, strict=True)):
+        seen = (
+            f"{numbers.dtype} of shape {tuple(numbers.shape)}"
+            if isinstance(numbers, torch.Tensor)
+            else f"a {type(numbers).__name__}"
+        )
+        wanted = ", ".join("any" if size is None else str(size) for size in shape)
+        raise InvalidInput(f"{name} is {seen}; it must be {dtype} of shape ({wanted})")
+
+
+def _pack(numbers: Sequence[torch.Tensor]) -> torch.Tensor:
+    """int32 ``[T, words]``."""
+    words = [part.contiguous().view(torch.int32) for part in numbers]
+    if len(words) == 1:
+        return words[0]
+    width = sum(part.shape[1] for part in words)
+    missing = -width % _WORDS_MULTIPLE
+    return torch.cat([*words, words[0].new_zeros(words[0].shape[0], missing)], dim=1)
+
+
+def _unpack(words: torch.Tensor, like: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    parts = []
+    begin = 0
+    for part in like:
+        end = begin + part.shape[1]
+        parts.append(words[:, begin:end].contiguous().view(part.dtype))
+        begin = end
+    return parts
