@@ -44,7 +44,9 @@ class ModelConfig:
 
     Moving tokens, as in ``moe_ep.dispatch``: ``layout``, ``expert_alignment``, ``fp8`` (None or "blockwise"),
     ``max_recv_rows`` (None: exact sizes); and as in ``moe_ep.combine``, ``fp8_backward`` (None or
-    "blockwise").
+    "blockwise"). ``overlap_chunks``: 0 moves and computes in turn; 1 runs the shared expert while tokens
+    travel; n > 1 (2 to 4) also sends tokens through the experts in n chunks, one computed while others
+    travel. Each chunk is a dispatch of its own, with ``max_recv_rows`` rows if that is given.
     """
 
     vocab_size: int = 256
@@ -86,6 +88,7 @@ class ModelConfig:
     fp8: Literal["blockwise"] | None = None
     fp8_backward: Literal["blockwise"] | None = None
     max_recv_rows: int | None = None
+    overlap_chunks: int = 0
 
     def __post_init__(self) -> None:
         self._check_ranges()
@@ -132,7 +135,7 @@ class ModelConfig:
                 name,
                 "an integer >= 1",
             )
-        for name in ("num_dense_layers", "shared_ffn_hidden", "mtp_layers"):
+        for name in ("num_dense_layers", "shared_ffn_hidden", "mtp_layers", "overlap_chunks"):
             _require(
                 isinstance(getattr(self, name), int) and getattr(self, name) >= 0,
                 self,

@@ -27,7 +27,11 @@ class FeedForward(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``x [..., H]`` -> ``[..., H]``."""
-        return self.down(swiglu(self.gate_up(x)))
+        return self.down(self.activate(x))
+
+    def activate(self, x: torch.Tensor) -> torch.Tensor:
+        """``x [..., H]`` -> ``[..., F]``: all but the last product."""
+        return swiglu(self.gate_up(x))
 
 
 class SharedExperts(FeedForward):

@@ -11,6 +11,7 @@ from .config import ModelConfig
 from .experts import GroupedExperts
 from .feed_forward import SharedExperts
 from .initialise import initialise_weights
+from .overlap import run_overlapped
 from .rank_layout import expand_rows, reduce_rows
 from .router import Router
 from .token_dispatcher import TokenDispatcher
@@ -57,12 +58,29 @@ class MoELayer(nn.Module):
         if seed is not None:
             initialise_weights(self, seed=seed, std=config.init_std)
 
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(
+        self, x: torch.Tensor, *, overlap_chunks: int | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """``x [B, S, H]`` or ``[T, H]`` (one sequence) -> the same shape, and the auxiliary loss (see
         RouterOutput).
+
+        ``overlap_chunks``: as in the config, which None leaves it to; the same on every rank.
         """
+        if overlap_chunks is None:
+            overlap_chunks = self.config.overlap_chunks
         routed = self.router(x)
         x_TH = x.reshape(-1, x.shape[-1])
+        if overlap_chunks != 0:
+            y_TH = run_overlapped(
+                x_TH,
+                routed.topk_idx,
+                routed.topk_weights,
+                dispatcher=self.dispatcher,
+                run_experts=self._run_experts,
+                shared=self.shared,
+                num_chunks=overlap_chunks,
+            )
+            return y_TH.view_as(x), routed.aux_loss
         out = self.dispatcher.dispatch(x_TH, routed.topk_idx, routed.topk_weights)
         y_TH = self.dispatcher.combine(self._run_experts(out), out.handle)
         if self.shared is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -34,17 +36,32 @@ class TokenDispatcher(nn.Module):
         """``x_TH [T, H]``, ``topk_idx_TK [T, K]`` (-1: none), ``topk_weights_TK [T, K]`` -> see
         ``moe_ep.dispatch``.
         """
-        return moe_ep.dispatch(
-            x_TH.contiguous(),
-            topk_idx_TK.contiguous(),
-            topk_weights_TK.contiguous(),
-            self.comm,
-            layout=self.config.layout,
-            expert_alignment=self.config.expert_alignment,
-            fp8=self.config.fp8,
-            max_recv_rows=self.config.max_recv_rows,
-        )
+        tensors = x_TH.contiguous(), topk_idx_TK.contiguous(), topk_weights_TK.contiguous()
+        return moe_ep.dispatch(*tensors, self.comm, **self._dispatch_options)
+
+    def dispatch_async(
+        self, x_TH: torch.Tensor, topk_idx_TK: torch.Tensor, topk_weights_TK: torch.Tensor
+    ) -> tuple[moe_ep.DispatchOutput, moe_ep.Event]:
+        """``dispatch`` on the communicator's stream; use the output after ``event.wait()``."""
+        tensors = x_TH.contiguous(), topk_idx_TK.contiguous(), topk_weights_TK.contiguous()
+        return moe_ep.dispatch_async(*tensors, self.comm, **self._dispatch_options)
 
     def combine(self, rows_NH: torch.Tensor, handle: moe_ep.DispatchHandle) -> torch.Tensor:
         """``rows_NH [N, H]``, one for each dispatched row -> ``[T, H]``, the sum for each token."""
         return moe_ep.combine(rows_NH.contiguous(), handle, fp8_backward=self.config.fp8_backward)
+
+    def combine_async(
+        self, rows_NH: torch.Tensor, handle: moe_ep.DispatchHandle
+    ) -> tuple[torch.Tensor, moe_ep.Event]:
+        """``combine`` on the communicator's stream; use the result after ``event.wait()``."""
+        return moe_ep.combine_async(rows_NH.contiguous(), handle, fp8_backward=self.config.fp8_backward)
+
+    @property
+    def _dispatch_options(self) -> dict[str, Any]:
+        c = self.config
+        return {
+            "layout": c.layout,
+            "expert_alignment": c.expert_alignment,
+            "fp8": c.fp8,
+            "max_recv_rows": c.max_recv_rows,
+        }
