@@ -1,0 +1,61 @@
+"""The numbers around a V1 dispatch: who gets how many tokens, and what travels with a row."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from .config import NVL_PEERS
+
+
+class Layout(NamedTuple):
+    """What `Buffer.get_dispatch_layout` returns before the event."""
+
+    num_tokens_per_rank: torch.Tensor
+    num_tokens_per_rdma_rank: torch.Tensor | None
+    num_tokens_per_expert: torch.Tensor
+    is_token_in_rank: torch.Tensor
+
+
+def dispatch_layout(topk_idx: torch.Tensor, num_experts: int, num_ranks: int) -> Layout:
+    """int32 counts ``[R]``, ``[R / 8]`` (None for one node), ``[E]``; bool ``[T, R]``. A token counts once a rank."""
+    ranks = torch.where(topk_idx < 0, num_ranks, topk_idx // (num_experts // num_ranks)).long()
+    in_rank = _marks(ranks, num_ranks)
+    # Not bincount, which waits for the device.
+    experts = torch.where(topk_idx < 0, num_experts, topk_idx).long().flatten()
+    per_expert = torch.zeros(num_experts + 1, dtype=torch.int32, device=topk_idx.device)
+    per_expert.index_add_(0, experts, torch.ones_like(experts, dtype=torch.int32))
+    per_rdma_rank = None
+    if num_ranks > NVL_PEERS:
+        nodes = -(-num_ranks // NVL_PEERS)
+        in_node = _marks(torch.where(ranks == num_ranks, nodes, ranks // NVL_PEERS), nodes)
+        per_rdma_rank = in_node.sum(0, dtype=torch.int32)
+    return Layout(in_rank.sum(0, dtype=torch.int32), per_rdma_rank, per_expert[:-1], in_rank)
+
+
+def positions(is_token_in_rank: torch.Tensor) -> torch.Tensor:
+    """int32 ``[T, R]``: the token's place among those that go to a rank, or -1."""
+    return torch.where(is_token_in_rank, is_token_in_rank.cumsum(0) - 1, -1).to(torch.int32)
+
+
+def pack_ids(topk_idx: torch.Tensor) -> torch.Tensor:
+    """Ids as they travel: int32, one higher, so that rows which hold no token name no expert."""
+    return topk_idx.to(torch.int32) + 1
+
+
+def local_ids(packed: torch.Tensor, rank: int, num_local_experts: int, dtype: torch.dtype) -> torch.Tensor:
+    """What arrived, as ids of this rank's experts, -1 for others'."""
+    ids = packed - 1 - rank * num_local_experts
+    return torch.where((ids >= 0) & (ids < num_local_experts), ids, -1).to(dtype)
+
+
+def token_numbers(num_tokens: int, device: torch.device) -> torch.Tensor:
+    """int32 ``[T, 1]``, one higher, as `pack_ids`."""
+    return torch.arange(1, num_tokens + 1, dtype=torch.int32, device=device).unsqueeze(1)
+
+
+def _marks(columns: torch.Tensor, num_columns: int) -> torch.Tensor:
+    """bool ``[T, num_columns]``, true where a token names the column; the one past the end is nobody's."""
+    marks = torch.zeros((columns.shape[0], num_columns + 1), dtype=torch.bool, device=columns.device)
+    return marks.scatter_(1, columns, True)[:, :num_columns]

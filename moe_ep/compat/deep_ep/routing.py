@@ -1,0 +1,105 @@
+"""Routing as deep_ep's V1 has it: which token goes to which *rank*.
+
+Ranks take the place of experts: E = K = R, and column r of the ids is r or -1. So one routing serves calls with and
+without top-k, rows arrive by (source rank, source token), and combine adds them in ascending order of ranks, which is
+V1's order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from ...communicator import Communicator
+from ...handle import DispatchHandle
+from . import transport
+from .transport import Communicators
+
+_ROW_WORDS_MULTIPLE = 4  # rows are made of 16 bytes
+
+
+class RankRouting:
+    """Where ``is_token_in_rank [T, R]`` (bool) sends this rank's tokens.
+
+    max_tokens: the largest T of all ranks, or more. num_rows: rows that arrive here, or room for them. Planned, which
+    is collective, when rows first move.
+    """
+
+    def __init__(
+        self, communicators: Communicators, is_token_in_rank: torch.Tensor, max_tokens: int, num_rows: int
+    ) -> None:
+        self._communicators = communicators
+        self._is_token_in_rank = is_token_in_rank
+        self.max_tokens = max_tokens
+        self.num_tokens = is_token_in_rank.shape[0]
+        self.num_rows = num_rows
+        self._planned: DispatchHandle | None = None
+
+    def send(
+        self, x: torch.Tensor, numbers: Sequence[torch.Tensor] = (), num_sms: int | None = None
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """``x [T, H]`` and the 32-bit ``numbers [T, n]`` of its tokens, as rows ``[num_rows, ...]``; the tail is 0."""
+        handle = self._for(self._communicator(x), num_sms)
+        rows, numbers, _ = transport.send(x, numbers, None, handle, num_sms)
+        return rows, numbers
+
+    def bring_back(
+        self, rows: torch.Tensor, biases: Sequence[torch.Tensor] = (), num_sms: int | None = None
+    ) -> torch.Tensor:
+        """Sums ``[T, H]`` of ``rows [num_rows, H]``: the biases, then ranks in ascending order."""
+        handle = self._for(self._communicator(rows), num_sms)
+        return transport.bring_back(rows, None, biases, handle, num_sms)[0]
+
+    def send_words(self, words: torch.Tensor) -> torch.Tensor:
+        """`send` of 32-bit ``words [T, n]`` alone."""
+        return self.send(_as_rows(words))[0][:, : words.shape[1]].contiguous().view(words.dtype)
+
+    def bring_back_floats(self, values: torch.Tensor) -> torch.Tensor:
+        """`bring_back` of float32 ``values [num_rows, n]``, unrounded."""
+        return self.bring_back(_as_rows(values))[:, : values.shape[1]].contiguous()
+
+    def num_sms(self, x: torch.Tensor, wanted: int) -> int | None:
+        """``wanted`` multiprocessors, or as many as there are; None, the communicator's choice, for 0."""
+        # NOTE: a communicator has no public word for what it can have.
+        available = getattr(self._communicator(x)._impl, "available_sms", wanted)
+        return min(wanted, available) or None
+
+    def _communicator(self, x: torch.Tensor) -> Communicator:
+        size = self._communicators.size
+        return self._communicators.get(x.shape[1], self.max_tokens, size, size)
+
+    def _for(self, comm: Communicator, num_sms: int | None) -> DispatchHandle:
+        if self._planned is None:
+            mask = self._is_token_in_rank
+            ranks = torch.arange(mask.shape[1], device=mask.device)
+            ids = torch.where(mask, ranks, -1)
+            self._planned = transport.plan(comm, ids, "rank", max_recv_rows=self.num_rows, num_sms=num_sms)
+        return transport.for_width(self._planned, comm)
+
+
+class AllGather:
+    """``[T, n]`` words of every rank on every rank, without the host: a dispatch of every token to all ranks."""
+
+    def __init__(self, communicators: Communicators) -> None:
+        self._communicators = communicators
+        self._routings: dict[tuple[int, int, torch.device], RankRouting] = {}
+
+    def __call__(self, words: torch.Tensor) -> torch.Tensor:
+        """``[R, T, n]``. T and n must be equal on all ranks."""
+        num_tokens, width = words.shape
+        size = self._communicators.size
+        key = num_tokens, width, words.device
+        routing = self._routings.get(key)
+        if routing is None:
+            everywhere = torch.ones((num_tokens, size), dtype=torch.bool, device=words.device)
+            routing = RankRouting(self._communicators, everywhere, num_tokens, size * num_tokens)
+            self._routings[key] = routing
+        return routing.send_words(words).view(size, num_tokens, width)
+
+
+def _as_rows(words: torch.Tensor) -> torch.Tensor:
+    """``[m, n]`` of a 32-bit dtype as float32 rows that can travel."""
+    missing = -words.shape[1] % _ROW_WORDS_MULTIPLE
+    padded = torch.nn.functional.pad(words, (0, missing)) if missing or words.shape[1] == 0 else words
+    return padded.contiguous().view(torch.float32)
