@@ -1,6 +1,7 @@
 """One MoE layer run with and without overlap, for the tests on virtual ranks, processes and GPUs."""
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from moe_ep.layers import ModelConfig, MoELayer
@@ -25,15 +26,14 @@ class RowByRow(nn.Module):
     def __init__(self, layer: MoELayer) -> None:
         super().__init__()
         num_experts, hidden, _ = layer.experts.w_down.shape
-        self.w_gate_up = nn.Parameter(layer.experts.w_gate_up.detach()[:, :1].clone())
+        self.w_gate_up = layer.experts.w_gate_up  # of which MoELayer wants the dtype
         self.scale = nn.Parameter(torch.linspace(0.5, 2, num_experts * hidden).view(num_experts, hidden))
 
     def forward(self, rows, weights, tokens_per_expert, splits=None):
         if not isinstance(rows, torch.Tensor):
             rows = rows.dequantize(self.w_gate_up.dtype)
-        missing = len(rows) - int(tokens_per_expert.sum())
-        counts = tokens_per_expert + torch.tensor([0] * (len(tokens_per_expert) - 1) + [missing])
-        scale = self.scale.repeat_interleave(counts, dim=0)
+        scale = self.scale.repeat_interleave(tokens_per_expert, dim=0)
+        scale = F.pad(scale, (0, 0, 0, len(rows) - len(scale)))  # rows past the last expert's: static sizes
         return (rows * scale * weights.unsqueeze(-1)).to(rows.dtype)
 
 
