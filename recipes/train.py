@@ -281,7 +281,15 @@ def _update(
 def _check_resumable(config: TrainConfig, corpus: Corpus, saved: dict) -> list[str]:
     """Notes on what differs from the run that was saved. Raises RecipeError where the weights can't fit."""
     before = TrainConfig.from_json(saved["config"])
-    free = {"max_seq_len", "layout", "expert_alignment", "fp8", "fp8_backward", "max_recv_rows"}
+    free = {
+        "max_seq_len",
+        "layout",
+        "expert_alignment",
+        "fp8",
+        "fp8_backward",
+        "max_recv_rows",
+        "overlap_chunks",
+    }
     for name, value in vars(before.model).items():
         now = getattr(config.model, name)
         if name not in free and now != value:
