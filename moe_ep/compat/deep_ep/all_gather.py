@@ -18,6 +18,9 @@ _TENSOR_ALIGNMENT = 32
 
 Shape = Sequence[int]
 
+# Its name until torch 2.12 was all_gather_into_tensor.
+_all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 
 def session_bytes(num_ranks: int, shapes: Sequence[Shape], dtype: torch.dtype) -> int:
     """Bytes of a session that gathers tensors of these shapes: each one's R copies in whole 32 bytes."""
@@ -118,11 +121,9 @@ class AllGatherSessions:
             everyone[self._ranks.rank].copy_(tensor)
         if not tensor.numel() or self._ranks.size == 1:
             return everyone, lambda: None
-        # As bytes: a group need not know every dtype.
-        flat = everyone.view(self._ranks.size, -1).view(torch.uint8)
-        work = dist.all_gather_into_tensor(
-            flat, flat[self._ranks.rank].clone(), group=self._ranks.group, async_op=True
-        )
+        flat = everyone.flatten().view(torch.uint8)  # a group need not know every dtype
+        mine = flat.view(self._ranks.size, -1)[self._ranks.rank]
+        work = _all_gather_single(flat, mine, group=self._ranks.group, async_op=True)
         return everyone, work.wait
 
     def _take(self, shape: Shape, dtype: torch.dtype, device: torch.device | None = None) -> torch.Tensor:
