@@ -18,7 +18,7 @@ _TENSOR_ALIGNMENT = 32
 
 Shape = Sequence[int]
 
-# Its name until torch 2.12 was all_gather_into_tensor.
+# Newer torch has another name for it, and warns of the old one.
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
@@ -115,11 +115,13 @@ class AllGatherSessions:
         return *results, wait_for_all
 
     def _gather_one(self, tensor: torch.Tensor) -> tuple[torch.Tensor, Callable[[], object]]:
-        everyone = self._in_place.get(tensor.data_ptr()) if tensor.numel() else None
+        if not tensor.numel():
+            return tensor.new_empty(self._ranks.size, *tensor.shape), lambda: None
+        everyone = self._in_place.get(tensor.data_ptr())
         if everyone is None or everyone[0].shape != tensor.shape:
             everyone = self._take(tuple(tensor.shape), tensor.dtype, tensor.device)
             everyone[self._ranks.rank].copy_(tensor)
-        if not tensor.numel() or self._ranks.size == 1:
+        if self._ranks.size == 1:
             return everyone, lambda: None
         flat = everyone.flatten().view(torch.uint8)  # a group need not know every dtype
         mine = flat.view(self._ranks.size, -1)[self._ranks.rank]
