@@ -9,6 +9,7 @@ from ... import __version__
 from .buffer import Buffer
 from .config import Config, topk_idx_t
 from .elastic import ElasticBuffer, EPHandle
+from .hybrid import HybridEPBuffer
 from .register import register
 from .utils.envs import get_logical_domain_size, get_physical_domain_size
 from .utils.event import EventHandle, EventOverlap
@@ -20,6 +21,7 @@ __all__ = [
     "ElasticBuffer",
     "EventHandle",
     "EventOverlap",
+    "HybridEPBuffer",
     "__version__",
     "get_logical_domain_size",
     "get_physical_domain_size",

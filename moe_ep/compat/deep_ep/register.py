@@ -12,6 +12,7 @@ _PACKAGE = __package__
 _MODULES = (
     "buffer",
     "elastic",
+    "hybrid",
     "utils",
     "utils.comm",
     "utils.envs",
@@ -27,6 +28,7 @@ _ALIASES = {
     "buffers": "",
     "buffers.legacy": "buffer",
     "buffers.elastic": "elastic",
+    "hybrid_ep_buffer": "hybrid",
 }
 
 
