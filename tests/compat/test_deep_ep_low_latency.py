@@ -271,3 +271,17 @@ def test_bad_arguments_are_told_before_anything_is_sent():
         return True
 
     assert on_virtual_ranks(2, fn) == [True, True]
+
+
+def test_calls_work_under_inference_mode():
+    case, way = make_cases(2)[0], Way("fp8", hook=True, out=True)
+
+    def fn(group):
+        buffer = deep_ep.Buffer(group, low_latency_mode=True)
+        with torch.inference_mode():  # statistics and out are made there, too
+            first = run_low_latency(case, buffer, way)
+        return first, run_low_latency(case, buffer, way)
+
+    by_rank = on_virtual_ranks(2, fn)
+    for number in range(2):
+        assert_low_latency(case, {rank: results[number] for rank, results in enumerate(by_rank)}, way)

@@ -8,6 +8,7 @@ from v1_exercise import assert_v1, run_v1
 
 import moe_ep
 from moe_ep.compat import deep_ep
+from moe_ep.compat.deep_ep.layout import dispatch_layout
 from moe_ep.errors import BackendUnavailable, InvalidInput
 from moe_ep.testing import run_ranks
 
@@ -250,3 +251,23 @@ def test_a_late_rank_is_named():
         return raised.value.ranks
 
     assert on_virtual_ranks(2, fn) == [(1,), None]
+
+
+@pytest.mark.parametrize("num_ranks", [2, 16])
+def test_layout_counts_tokens_once_a_rank_and_a_node(num_ranks):
+    ids = torch.tensor([[0, 1, -1], [31, 0, 16], [-1, -1, -1], [40, -7, 5]])
+    layout = dispatch_layout(ids, 32, num_ranks)
+    local = 32 // num_ranks
+    holders = [{e // local for e in row if 0 <= e < 32} for row in ids.tolist()]
+    assert layout.is_token_in_rank.tolist() == [[r in held for r in range(num_ranks)] for held in holders]
+    assert layout.num_tokens_per_rank.tolist() == [
+        sum(r in held for held in holders) for r in range(num_ranks)
+    ]
+    assert layout.num_tokens_per_expert.tolist() == [int((ids == e).sum()) for e in range(32)]
+    if num_ranks == 2:
+        assert layout.num_tokens_per_rdma_rank is None
+    else:
+        nodes = [{r // 8 for r in held} for held in holders]
+        assert layout.num_tokens_per_rdma_rank.tolist() == [
+            sum(n in held for held in nodes) for n in range(2)
+        ]

@@ -20,7 +20,7 @@ def quantize(x: torch.Tensor, rounded: bool) -> tuple[torch.Tensor, torch.Tensor
     blocks = ceil_div(columns, BLOCK)
     tiles = F.pad(x.float(), (0, blocks * BLOCK - columns)).view(rows, blocks, BLOCK)
     amax = tiles.abs().amax(dim=2).clamp(min=LEAST_AMAX)
-    scales = amax * torch.tensor(1 / E4M3_MAX, dtype=torch.float32, device=x.device)
+    scales = amax * (1 / E4M3_MAX)
     if rounded:
         scales = _power_of_two_above(scales)
         inverse = torch.ones_like(scales) / scales

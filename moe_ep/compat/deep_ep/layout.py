@@ -19,11 +19,15 @@ class Layout(NamedTuple):
 
 
 def dispatch_layout(topk_idx: torch.Tensor, num_experts: int, num_ranks: int) -> Layout:
-    """int32 counts ``[R]``, ``[R / 8]`` (None for one node), ``[E]``; bool ``[T, R]``. A token counts once a rank."""
-    ranks = torch.where(topk_idx < 0, num_ranks, topk_idx // (num_experts // num_ranks)).long()
+    """int32 counts ``[R]``, ``[R / 8]`` (None for one node), ``[E]``; bool ``[T, R]``. A token counts once a rank.
+
+    Ids outside [0, E) name no expert.
+    """
+    is_none = (topk_idx < 0) | (topk_idx >= num_experts)
+    ranks = torch.where(is_none, num_ranks, topk_idx // (num_experts // num_ranks)).long()
     in_rank = _marks(ranks, num_ranks)
     # Not bincount, which waits for the device.
-    experts = torch.where(topk_idx < 0, num_experts, topk_idx).long().flatten()
+    experts = torch.where(is_none, num_experts, topk_idx).long().flatten()
     per_expert = torch.zeros(num_experts + 1, dtype=torch.int32, device=topk_idx.device)
     per_expert.index_add_(0, experts, torch.ones_like(experts, dtype=torch.int32))
     per_rdma_rank = None

@@ -7,6 +7,7 @@ has its row. The calls are made of moe_ep's operators; `expand`, `tables` and `a
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -107,7 +108,8 @@ class LowLatencyMode:
             def receive() -> None:
                 fill()
                 if stats is not None:
-                    stats.add_(counts)
+                    with _able_to_write(stats):
+                        stats.add_(counts)
 
             hooks.append(receive)
             if not return_recv_hook:
@@ -142,9 +144,8 @@ class LowLatencyMode:
         self, members: Members, topk_idx: torch.Tensor, max_tokens: int, per_rank: int
     ) -> RankRouting:
         """To those members that hold an expert of the token."""
-        alive = torch.tensor(members.ranks, device=topk_idx.device)
         holders = torch.where(topk_idx < 0, -1, topk_idx // per_rank)
-        in_rank = (holders.unsqueeze(2) == alive).any(1)
+        in_rank = (holders.unsqueeze(2) == members.ranks_on(topk_idx.device)).any(1)
         return RankRouting(members.communicators, in_rank, max_tokens, len(members.ranks) * max_tokens)
 
     def _handle(
@@ -185,9 +186,14 @@ class LowLatencyMode:
             if out is None and not return_recv_hook:
                 return sums
             target = torch.empty_like(sums) if out is None else out
-            hooks.append(lambda: target.copy_(sums))
+
+            def receive() -> None:
+                with _able_to_write(target):
+                    target.copy_(sums)
+
+            hooks.append(receive)
             if not return_recv_hook:
-                hooks[0]()
+                receive()
             return target
 
         inputs = [x, topk_idx, topk_weights, out]
@@ -342,8 +348,7 @@ def slots_among(members: Members, sent: Sent, num_rows: int) -> torch.Tensor:
     Nothing arrived from ranks that were masked at the dispatch: their rows have no slots.
     """
     sources = sent.tables.source_rank
-    alive = torch.tensor(members.ranks, dtype=sources.dtype, device=sources.device)
-    stays = torch.isin(sources, alive)
+    stays = (sources.unsqueeze(1) == members.ranks_on(sources.device)).any(1)
     order = stays.logical_not().sort(stable=True).indices
     slots = torch.where(stays.unsqueeze(1), sent.tables.slots, -1)[order]
     missing = max(0, num_rows - len(slots))
@@ -397,6 +402,11 @@ def _scattered(rows: torch.Tensor, slots: torch.Tensor, shape: tuple[int, int]) 
 def _bytes(rows: torch.Tensor) -> torch.Tensor:
     """FP8 as bytes: not every operator knows it."""
     return rows.view(torch.uint8) if rows.element_size() == 1 else rows
+
+
+def _able_to_write(tensor: torch.Tensor) -> AbstractContextManager:
+    """What was made under inference mode can be written only under it."""
+    return torch.inference_mode(tensor.is_inference())
 
 
 def _as_hook(receive: Hook) -> Hook:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+import torch
 import torch.distributed as dist
 
 from ...backends.virtual import PostOffice, VirtualGroup
@@ -17,6 +18,13 @@ class Members:
 
     ranks: tuple[int, ...]
     communicators: Communicators
+    _on_device: dict[torch.device, torch.Tensor] = field(default_factory=dict, compare=False)
+
+    def ranks_on(self, device: torch.device) -> torch.Tensor:
+        """``ranks`` as int64, copied there once: a copy from the host can't be part of a CUDA graph."""
+        if device not in self._on_device:
+            self._on_device[device] = torch.tensor(self.ranks, device=device)
+        return self._on_device[device]
 
 
 class Roll:
