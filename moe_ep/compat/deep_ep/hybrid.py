@@ -20,7 +20,7 @@ from .hybrid_handles import (
     permuted_handle,
     plain_handle,
 )
-from .hybrid_routing import Choice, TopkOfMaps, choose, to_experts, weigh
+from .hybrid_routing import TOO_MANY, Choice, TopkOfMaps, choose, to_experts, weigh
 from .transport import (
     Communicators,
     Group,
@@ -269,14 +269,22 @@ class HybridEPBuffer:
             self._max_tokens = self._ranks.largest(max(num_tokens, self._max_tokens))
             self._has_room = True
         comm = self._ranks.get(width, self._max_tokens, num_experts, choice.topk_idx.shape[1])
-        return plan(
-            comm,
-            choice.topk_idx,
-            layout,
-            alignment=alignment,
-            max_recv_rows=limit,
-            num_sms=self._num_sms_dispatch,
-        )
+        try:
+            return plan(
+                comm,
+                choice.topk_idx,
+                layout,
+                alignment=alignment,
+                max_recv_rows=limit,
+                num_sms=self._num_sms_dispatch,
+            )
+        except InvalidInput as error:
+            if not (choice.topk_idx == TOO_MANY).any():
+                raise
+            raise InvalidInput(
+                f"a token of routing_map has more than {comm.num_topk} experts, which is what this buffer's first map of "
+                f"{num_experts} experts has made room for (on any rank, rounded up to 8): make a new buffer"
+            ) from error
 
     def _send(
         self,
