@@ -32,9 +32,12 @@ from deep_ep.utils import EventHandle as Handle, EventOverlap as Overlap
 from deep_ep.utils.envs import init_dist
 from deep_ep.utils.math import align
 from deep_ep.utils.testing import bench, bench_kineto
+from deep_ep._C import EventHandle as InExtension, is_sm90_compiled
+from deep_ep_cpp import Config as InV1, get_low_latency_rdma_size_hint
 from deep_ep.utils.gate import get_unbalanced_scores
 import moe_ep.compat.deep_ep as ours
 assert deep_ep is ours and Legacy is Buffer and Elastic is ElasticBuffer
+assert InExtension is EventHandle and InV1 is Config and is_sm90_compiled()
 assert Handle is EventHandle and Overlap is EventOverlap and align(5, 4) == 8
 assert sys.modules["deep_ep.utils.math"] is sys.modules["moe_ep.compat.deep_ep.utils.math"]
 """

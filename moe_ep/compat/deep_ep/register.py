@@ -10,6 +10,7 @@ from ...errors import InvalidInput
 
 _PACKAGE = __package__
 _MODULES = (
+    "_C",
     "buffer",
     "elastic",
     "hybrid",
@@ -51,6 +52,7 @@ def register(*, replace: bool = False) -> ModuleType:
     sys.modules["deep_ep"] = package
     for name in _MODULES:
         sys.modules[f"deep_ep.{name}"] = importlib.import_module(f"{_PACKAGE}.{name}")
+    sys.modules["deep_ep_cpp"] = sys.modules["deep_ep._C"]  # its name in V1
     for alias, name in _ALIASES.items():
         sys.modules[f"deep_ep.{alias}"] = importlib.import_module(f"{_PACKAGE}.{name}" if name else _PACKAGE)
     return package
