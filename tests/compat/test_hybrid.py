@@ -118,24 +118,46 @@ def test_gradients_that_are_not_contiguous_and_larger_calls():
     assert run_ranks(2, fn, hidden=16, max_tokens_per_rank=9, num_experts=8, num_topk=2) == [True, True]
 
 
-def test_more_experts_than_the_first_map_had():
-    """K is agreed on with the first map; a token with more than that is refused, not cut."""
+def test_room_is_made_for_what_any_rank_has():
+    """More tokens, and more experts of a token, than any call before had, on one rank alone."""
 
     def fn(comm):
-        buffer = HybridEPBuffer(comm._impl.group, 16, 4, 12)
-        routing = torch.zeros(2, 24, dtype=torch.bool)
-        routing[:, : 1 + 8 * comm.rank] = True  # 1 here, 9 there: 16 for all
-        recv, *_, handle = buffer.dispatch_with_permute(hidden=torch.ones(2, 16), routing_map=routing)
-        y, _ = buffer.combine_with_unpermute(hidden=recv, handle=handle)
-        assert torch.equal(y, torch.full((2, 16), 1.0 + 8 * comm.rank))
-        with pytest.raises(InvalidInput, match="more than 16 experts"):
-            buffer.dispatch_with_permute(
-                hidden=torch.ones(2, 16),
-                routing_map=torch.stack([routing[0], torch.ones(24, dtype=torch.bool)]),
+        buffer = HybridEPBuffer(comm._impl.group, 16, 1 + comm.rank, 12)
+        results = []
+        for num_tokens, num_experts in [(2, 1), (7, 9), (1, 24), (30, 2)]:
+            if comm.rank == 0:
+                num_tokens, num_experts = 1, 1
+            routing = torch.zeros(num_tokens, 24, dtype=torch.bool)
+            routing[-1, :num_experts] = True
+            recv, *_, handle = buffer.dispatch_with_permute(
+                hidden=torch.ones(num_tokens, 16), routing_map=routing
             )
-        return True
+            y, _ = buffer.combine_with_unpermute(hidden=recv, handle=handle)
+            results.append((y, routing.sum(1, keepdim=True).expand(-1, 16)))
+        return results
 
-    assert run_ranks(2, fn, hidden=16, max_tokens_per_rank=4, num_experts=24, num_topk=2) == [True, True]
+    for results in run_ranks(2, fn, hidden=16, max_tokens_per_rank=4, num_experts=24, num_topk=2):
+        for y, wanted in results:
+            assert torch.equal(y, wanted.float())
+
+
+def test_too_many_experts_where_no_rank_may_wait():
+    buffer = HybridEPBuffer(None, 16, 4, 24)
+    for num_experts in (8, 9):
+        routing = torch.zeros(2, 24, dtype=torch.bool)
+        routing[1, :num_experts] = True
+        call = functools.partial(
+            buffer.dispatch_with_permute,
+            hidden=torch.ones(2, 16),
+            routing_map=routing,
+            num_permuted_tokens=20,
+            non_blocking=True,
+        )
+        if num_experts == 8:
+            assert call()[3].sum() == 8
+        else:
+            with pytest.raises(InvalidInput, match="more than 8 experts"):
+                call()
 
 
 def test_topk_indices():

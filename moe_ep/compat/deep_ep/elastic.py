@@ -7,6 +7,7 @@ accepted and ignored: ``num_cpu_bytes, allow_hybrid_mode, sl_idx, num_allocated_
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable
 
@@ -21,6 +22,7 @@ from .elastic_handle import EPHandle
 from .elastic_services import Services
 from .streams import CommStream
 from .transport import Communicators, Group, group_size, outside_autograd
+from .utils.envs import get_nvlink_gbs
 from .utils.event import EventHandle, EventOverlap
 
 __all__ = ["EPHandle", "ElasticBuffer"]
@@ -34,6 +36,7 @@ _SCALE_ROWS = 4  # what DeepGEMM's bulk loads of scales want
 
 _streams: dict[int | None, CommStream] = {}
 _lock = threading.Lock()
+_nvlink_gbs = functools.cache(get_nvlink_gbs)  # it starts a process
 
 
 class ElasticBuffer(Services):
@@ -185,7 +188,7 @@ class ElasticBuffer(Services):
             self.num_ranks,
             num_experts,
             num_topk,
-            nvlink_gbs or elastic_sizes.LINK_EFFICIENCY * elastic_sizes.H200_LINK_GBS,
+            nvlink_gbs or _nvlink_gbs() or elastic_sizes.LINK_EFFICIENCY * elastic_sizes.H200_LINK_GBS,
             sm_read_gbs,
             sm_write_gbs,
             self.prefer_overlap_with_compute,

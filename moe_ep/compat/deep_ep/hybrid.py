@@ -20,7 +20,7 @@ from .hybrid_handles import (
     permuted_handle,
     plain_handle,
 )
-from .hybrid_routing import TOO_MANY, Choice, TopkOfMaps, choose, to_experts, weigh
+from .hybrid_routing import TOO_MANY, Choice, Room, choose, to_experts, weigh
 from .transport import (
     Communicators,
     Group,
@@ -40,8 +40,9 @@ _TIMEOUT_S = 100.0
 class HybridEPBuffer:
     """Expert-parallel dispatch and combine among the ranks of ``group``.
 
-    ``max_num_of_tokens_per_rank`` may differ by rank: room is made for the largest, with the first call, and again for
-    calls in which all ranks have more. ``num_sms_dispatch_api`` and ``num_sms_combine_api`` are the calls'
+    ``max_num_of_tokens_per_rank`` is a first guess and may differ by rank. Calls that may wait ask all ranks how much
+    room is needed; one with ``non_blocking`` has to do with what there is, unless all ranks need more tokens or nothing
+    has been called before. ``num_sms_dispatch_api`` and ``num_sms_combine_api`` are the calls'
     multiprocessors, None for moe_ep's choice. The other options are accepted and mean nothing here.
     """
 
@@ -76,9 +77,7 @@ class HybridEPBuffer:
         self.runtime = self._ranks
         self._num_sms_dispatch = num_sms_dispatch_api
         self._num_sms_combine = num_sms_combine_api
-        self._max_tokens = max_num_of_tokens_per_rank
-        self._has_room = False
-        self._topk_of_maps = TopkOfMaps(self._ranks)
+        self._room = Room(self._ranks, max_num_of_tokens_per_rank)
 
     # --- rows as they are sent ---
 
@@ -109,7 +108,7 @@ class HybridEPBuffer:
         hidden = self._check_hidden(hidden, scaling_factor)
         if handle is None:
             choice, num_experts = self._choose(
-                hidden, routing_map, probs, topk_idx, topk_weights, num_of_experts
+                hidden, True, routing_map, probs, topk_idx, topk_weights, num_of_experts
             )
             routing = self._plan(hidden, choice, num_experts, "rank", 1, None)
             config = HybridEpConfigInstance(routing, choice.topk_idx, num_experts)
@@ -186,12 +185,12 @@ class HybridEPBuffer:
                     f"num_permuted_tokens is {limit}; it must be a multiple of pad_multiple={alignment}"
                 )
             choice, num_experts = self._choose(
-                hidden, routing_map, probs, topk_idx, topk_weights, num_of_experts
+                hidden, not non_blocking, routing_map, probs, topk_idx, topk_weights, num_of_experts
             )
             routing = self._plan(hidden, choice, num_experts, "expert", alignment, limit)
             counts = padded_counts(routing, bool(non_blocking))
             config = HybridEpConfigInstance(routing, choice.topk_idx, num_experts, counts)
-            first = self.rank * self._max_tokens + 1
+            first = self.rank * self._room.max_tokens + 1
             numbers = torch.arange(first, first + hidden.shape[0], dtype=torch.int32, device=hidden.device)
             beside = [numbers.unsqueeze(1)]
         else:
@@ -203,7 +202,7 @@ class HybridEPBuffer:
         rows, beside, row_probs = self._send(hidden, beside, choice.weights, config)
         scales = beside.pop(0) if scaling_factor is not None else None
         if handle is None:
-            handle = permuted_handle(config, beside[0].squeeze(1), self.group_size * self._max_tokens)
+            handle = permuted_handle(config, beside[0].squeeze(1), self.group_size * self._room.max_tokens)
         return rows, row_probs, scales, config.padded_tokens_per_expert, handle
 
     @outside_autograd
@@ -239,6 +238,7 @@ class HybridEPBuffer:
     def _choose(
         self,
         hidden: torch.Tensor,
+        may_wait: bool,
         routing_map: torch.Tensor | None,
         probs: torch.Tensor | None,
         topk_idx: torch.Tensor | None,
@@ -247,7 +247,7 @@ class HybridEPBuffer:
     ) -> tuple[Choice, int]:
         """Who wants which experts, and E."""
         choice, num_experts = choose(
-            hidden.shape[0], self._topk_of_maps, routing_map, probs, topk_idx, topk_weights, num_experts
+            hidden.shape[0], self._room, may_wait, routing_map, probs, topk_idx, topk_weights, num_experts
         )
         if num_experts % self.group_size:
             raise InvalidInput(
@@ -264,11 +264,7 @@ class HybridEPBuffer:
         alignment: int,
         limit: int | None,
     ) -> DispatchHandle:
-        num_tokens, width = hidden.shape
-        if not self._has_room or num_tokens > self._max_tokens:
-            self._max_tokens = self._ranks.largest(max(num_tokens, self._max_tokens))
-            self._has_room = True
-        comm = self._ranks.get(width, self._max_tokens, num_experts, choice.topk_idx.shape[1])
+        comm = self._ranks.get(hidden.shape[1], self._room.max_tokens, num_experts, choice.topk_idx.shape[1])
         try:
             return plan(
                 comm,
@@ -282,8 +278,8 @@ class HybridEPBuffer:
             if not (choice.topk_idx == TOO_MANY).any():
                 raise
             raise InvalidInput(
-                f"a token of routing_map has more than {comm.num_topk} experts, which is what this buffer's first map of "
-                f"{num_experts} experts has made room for (on any rank, rounded up to 8): make a new buffer"
+                f"a token of routing_map has more than {comm.num_topk} experts, for which there is no room; a call "
+                "without non_blocking makes it"
             ) from error
 
     def _send(

@@ -25,36 +25,54 @@ class Choice:
     dense: torch.Tensor | None
 
 
-class TopkOfMaps:
-    """How many experts a token of a routing map may have: K, which all ranks must agree on."""
+class Room:
+    """How much there may be of what all ranks must make room for alike: tokens of a rank, experts of a token.
 
-    def __init__(self, ranks: Communicators) -> None:
+    ``max_tokens``: a first guess, which may differ by rank.
+    """
+
+    def __init__(self, ranks: Communicators, max_tokens: int) -> None:
         self._ranks = ranks
-        self._agreed: dict[int, int] = {}
+        self._guess = max_tokens
+        self._topk_of_maps: dict[int, int] = {}
+        self.max_tokens = 0
 
-    def of(self, routing_map: torch.Tensor) -> int:
-        """K for such maps ``[N, E]``. Collective with the first map of E experts: K is the most that a token of any
-        rank has in it, rounded up to a multiple of 8."""
-        num_experts = routing_map.shape[1]
-        if num_experts <= _TOPK_STEP:
-            return num_experts
-        if num_experts not in self._agreed:
-            here = int(routing_map.sum(1).max()) if len(routing_map) else 0
-            most = max(1, self._ranks.largest(here))
-            self._agreed[num_experts] = min(num_experts, align(most, _TOPK_STEP))
-        return self._agreed[num_experts]
+    def make(self, num_tokens: int, routing_map: torch.Tensor | None, may_wait: bool) -> None:
+        """Room for a call with so many tokens here, and this map ``[N, E]`` if ids are not given.
+
+        Collective. ``may_wait``: so may the host; ranks then find out what the others need. Otherwise they do so only
+        where nothing is known yet, or all of them have more tokens than there is room for.
+        """
+        num_experts = 0 if routing_map is None else routing_map.shape[1]
+        known = self.max_tokens >= max(1, num_tokens) and (
+            routing_map is None or num_experts in self._topk_of_maps
+        )
+        if known and not may_wait:
+            return
+        topk = routing_map.sum(1).max() if num_experts and num_tokens else 0
+        most_tokens, most_topk = self._ranks.largest(max(1, num_tokens, self._guess), topk)
+        if most_tokens > self.max_tokens:  # with some to spare the next time
+            self.max_tokens = max(most_tokens, self.max_tokens + self.max_tokens // 2)
+        if num_experts:
+            so_far = self._topk_of_maps.get(num_experts, 1)
+            self._topk_of_maps[num_experts] = min(num_experts, align(max(so_far, most_topk), _TOPK_STEP))
+
+    def topk(self, num_experts: int) -> int:
+        """K for maps of so many experts."""
+        return self._topk_of_maps[num_experts]
 
 
 def choose(
     num_tokens: int,
-    topk_of_maps: TopkOfMaps,
+    room: Room,
+    may_wait: bool,
     routing_map: torch.Tensor | None,
     probs: torch.Tensor | None,
     topk_idx: torch.Tensor | None,
     topk_weights: torch.Tensor | None,
     num_experts: int | None,
 ) -> tuple[Choice, int]:
-    """The choice of a map with its probs, or of ids with their weights; and E."""
+    """The choice of a map with its probs, or of ids with their weights; and E. Collective, see `Room.make`."""
     if (routing_map is None) == (topk_idx is None):
         raise InvalidInput(
             "give either routing_map (and probs), or topk_idx (and topk_weights, num_of_experts), or a handle; "
@@ -64,12 +82,14 @@ def choose(
     if routing_map is not None:
         check_numbers("routing_map", routing_map, (num_tokens, num_experts), torch.bool)
         num_experts = routing_map.shape[1]
-        topk_idx = topk_indices(routing_map, topk_of_maps.of(routing_map))
+        room.make(num_tokens, routing_map, may_wait)
+        topk_idx = topk_indices(routing_map, room.topk(num_experts))
     else:
         if num_experts is None:
             raise InvalidInput("num_of_experts is None; topk_idx does not tell it")
         idx_dtype = torch.int32 if topk_idx.dtype == torch.int32 else torch.int64
         check_numbers("topk_idx", topk_idx, (num_tokens, None), idx_dtype)
+        room.make(num_tokens, None, may_wait)
     return weigh(topk_idx, num_experts, probs, topk_weights), num_experts
 
 

@@ -15,10 +15,10 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from ... import ops
+from ... import env, ops
 from ...backends.base import Part, RoutingSpec
 from ...backends.virtual import VirtualGroup
-from ...communicator import Communicator
+from ...communicator import Communicator, find
 from ...errors import InvalidInput
 from ...functional import dispatch
 from ...handle import DispatchHandle
@@ -87,17 +87,19 @@ class Communicators:
         """Where the group's tensors live."""
         if isinstance(self.group, VirtualGroup):
             return self.group.device
-        comm = self._of_meeting()
-        on_cpu = self.group is None or "nccl" not in dist.get_backend_config(self.group)
-        return torch.device("cpu" if on_cpu and comm.backend != "nvlink" else "cuda")
+        over_nccl = self.group is not None and "nccl" in dist.get_backend_config(self.group)
+        return torch.device("cuda" if over_nccl or env.backend() == "nvlink" else "cpu")
 
     def barrier(self) -> None:
         """A row from every rank to every rank: on a GPU, a barrier of the streams that does not hold up the host."""
-        self._meet(0)
+        self._meet()
 
-    def largest(self, number: int) -> int:
-        """The largest of all ranks' numbers, up to 2^24. Collective; the host waits."""
-        return int(self._meet(number).max())
+    def largest(self, *numbers: int | torch.Tensor) -> list[int]:
+        """The largest of all ranks' first numbers, second numbers, ...: up to 4, each from 0 to 2^24.
+
+        Collective; the host waits once, also where numbers are on a GPU.
+        """
+        return self._meet(*numbers).amax(0)[: len(numbers)].int().tolist()
 
     def close(self) -> None:
         for comm in self._by_shape.values():
@@ -109,7 +111,8 @@ class Communicators:
         return self.get(ROW_BYTES_MULTIPLE // 4, self.size, self.size, 1)
 
     @outside_autograd
-    def _meet(self, number: int) -> torch.Tensor:
+    def _meet(self, *numbers: int | torch.Tensor) -> torch.Tensor:
+        """``[R, 4]`` numbers of all ranks."""
         comm = self._of_meeting()
         if self._meeting is None:
             rows = torch.zeros(self.size, comm.hidden, device=self.device)
@@ -117,7 +120,11 @@ class Communicators:
             handle = dispatch(rows, to_each, None, comm, layout="rank").handle
             self._meeting = rows, handle
         rows, handle = self._meeting
-        return dispatch(rows.clone().fill_(number), None, None, comm, handle=handle).tokens
+        if numbers:
+            rows = rows.clone()
+            for column, number in enumerate(numbers):
+                rows[:, column] = number
+        return dispatch(rows, None, None, comm, handle=handle).tokens
 
 
 def group_rank(group: Group) -> int:
@@ -151,7 +158,8 @@ def plan(
         alignment,
         max_recv_rows,
     )
-    return DispatchHandle(comm.id, spec, ops.plan(topk_idx.contiguous(), comm.id, spec, num_sms))
+    state = ops.plan(topk_idx.contiguous(), comm.id, spec, _available(num_sms, comm.id))
+    return DispatchHandle(comm.id, spec, state)
 
 
 def for_width(routing: DispatchHandle, comm: Communicator) -> DispatchHandle:
@@ -178,8 +186,9 @@ def send(
     parts = [Part(x.view(torch.uint8) if x.element_size() == 1 else x)]
     if numbers:
         parts.append(Part(_pack(numbers), padding=0))
+    comm_id = routing.communicator_id
     out, row_weights = ops.dispatch(
-        parts, weights, routing.communicator_id, routing.spec, routing.state, num_sms
+        parts, weights, comm_id, routing.spec, routing.state, _available(num_sms, comm_id)
     )
     return out[0].view(x.dtype), _unpack(out[1], numbers) if numbers else [], row_weights
 
@@ -192,9 +201,18 @@ def bring_back(
     num_sms: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`moe_ep.combine` with the row weights' way back ``[T, K]`` beside it."""
+    comm_id = routing.communicator_id
     return ops.combine(
-        rows, row_weights, biases, routing.communicator_id, routing.spec, routing.state, num_sms
+        rows, row_weights, biases, comm_id, routing.spec, routing.state, _available(num_sms, comm_id)
     )
+
+
+def _available(num_sms: int | None, communicator_id: int) -> int | None:
+    """``num_sms``, or as many multiprocessors as there are: deep_ep's callers ask for what suits another machine."""
+    if num_sms is None:
+        return None
+    # NOTE: a communicator has no public word for what it can have.
+    return min(num_sms, getattr(find(communicator_id)._impl, "available_sms", num_sms))
 
 
 def check_rows(name: str, x: torch.Tensor, num_rows: int | None = None) -> None:
