@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 from cases import Case
+from exercise import settle
 from torch import Tensor
 
 from moe_ep.compat.deep_ep.elastic import ElasticBuffer
-from moe_ep.compat.deep_ep.utils.event import EventHandle
+from moe_ep.compat.deep_ep.utils.event import EventHandle, EventOverlap
 
 SPARE_TOKENS = 3
 NAN = float("nan")
@@ -85,16 +86,19 @@ def max_tokens(case: Case) -> int:
     return max(case.tokens_by_rank) + SPARE_TOKENS
 
 
-def sent(case: Case, mode: Mode, rank: int, what: str) -> tuple[Tensor, Tensor | None]:
+def sent(
+    case: Case, mode: Mode, rank: int, what: str, device: torch.device | str = "cpu"
+) -> tuple[Tensor, Tensor | None]:
     """``what`` is sent: rows, and their scales."""
     num_tokens = case.tokens_by_rank[rank]
     if mode.scales is None:
-        return case.values(rank, what, num_tokens, case.hidden), None
+        return case.values(rank, what, num_tokens, case.hidden).to(device), None
     generator = case.generator(rank, what)
     rows = torch.randint(0, 256, (num_tokens, case.hidden), generator=generator, dtype=torch.uint8)
     packs = torch.randint(-(2**31), 2**31, (2, num_tokens), generator=generator, dtype=torch.int32)
     scales = packs if mode.scales == "int32" else packs.view(torch.float32)
-    return rows.view(torch.float8_e4m3fn), scales.t()  # by columns, as some quantisers write them
+    # By columns, as some quantisers write them.
+    return rows.view(torch.float8_e4m3fn).to(device), scales.to(device).t()
 
 
 def weights(case: Case, rank: int, what: str) -> Tensor:
@@ -110,8 +114,8 @@ def biases(case: Case, mode: Mode, rank: int) -> list[Tensor]:
 # ---- on a rank
 
 
-def run(case: Case, mode: Mode, group: Any, rank: int) -> dict[str, Any]:
-    """Dispatch, dispatch again by the handle with other values, combine; results by name."""
+def run(case: Case, mode: Mode, group: Any, rank: int, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """Dispatch, dispatch again by the handle with other values, combine; results by name, on the CPU."""
     buffer = ElasticBuffer(
         group,
         num_max_tokens_per_rank=max_tokens(case),
@@ -125,13 +129,19 @@ def run(case: Case, mode: Mode, group: Any, rank: int) -> dict[str, Any]:
     call = {"async_with_compute_stream": mode.is_async}
     if mode.is_async:
         call |= {"previous_event": EventHandle(), "allocate_on_comm_stream": True}
-    stats = torch.full((case.experts_per_rank,), 5, dtype=torch.int32)
-    rows, scales = sent(case, mode, rank, "x")
-    topk_idx = case.topk_idx(rank)
+
+    def finished(event: EventOverlap) -> None:
+        assert (event.event is not None) == mode.is_async
+        if mode.is_async:
+            event.current_stream_wait()
+        settle(device)
+
+    stats = torch.full((case.experts_per_rank,), 5, dtype=torch.int32, device=device)
+    rows, scales = sent(case, mode, rank, "x", device)
     recv, ids, row_weights, handle, event = buffer.dispatch(
         rows if scales is None else (rows, scales),
-        topk_idx=topk_idx,
-        topk_weights=weights(case, rank, "weights") if mode.weights else None,
+        topk_idx=case.topk_idx(rank).to(device),
+        topk_weights=weights(case, rank, "weights").to(device) if mode.weights else None,
         cumulative_local_expert_recv_stats=stats,
         num_experts=case.num_experts,
         expert_alignment=mode.alignment,
@@ -139,36 +149,38 @@ def run(case: Case, mode: Mode, group: Any, rank: int) -> dict[str, Any]:
         **layout,
         **call,
     )
-    assert (event.event is not None) == mode.is_async
+    finished(event)
     results = received("", recv, ids, row_weights, mode) | {"stats": stats}
     results |= {name: getattr(handle, name) for name in (*HANDLE_NUMBERS, *HANDLE_TENSORS)}
 
-    rows, scales = sent(case, mode, rank, "x again")
-    recv, ids, row_weights, same, _ = buffer.dispatch(
+    rows, scales = sent(case, mode, rank, "x again", device)
+    recv, ids, row_weights, same, event = buffer.dispatch(
         rows if scales is None else (rows, scales),
-        topk_weights=weights(case, rank, "weights again") if mode.weights else None,
+        topk_weights=weights(case, rank, "weights again").to(device) if mode.weights else None,
         handle=handle,
         **layout,
         **call,
     )
+    finished(event)
     assert same is handle
     results |= received("again ", recv, ids, row_weights, mode)
 
     num_rows = (recv if scales is None else recv[0]).shape[0]
     x, back = expert_rows(case, mode, rank, num_rows)
-    bias = biases(case, mode, rank)
+    bias = [each.to(device) for each in biases(case, mode, rank)]
     y, topk_weights, event = buffer.combine(
-        x,
+        x.to(device),
         handle,
-        topk_weights=back if mode.weights else None,
+        topk_weights=back.to(device) if mode.weights else None,
         bias=None if not bias else bias[0] if len(bias) == 1 else tuple(bias),
         **call,
     )
-    assert (event.event is not None) == mode.is_async
+    finished(event)
     results |= {"y": y, "topk_weights": topk_weights, "recv_src_metadata": handle.recv_src_metadata}
+    settle(device)
     buffer.destroy()
     buffer.destroy()
-    return results
+    return {name: value.cpu() if isinstance(value, Tensor) else value for name, value in results.items()}
 
 
 def received(

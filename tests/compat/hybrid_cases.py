@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from cases import Case
 from elastic_cases import Mode, expected_combine, expert_rows, places, segments, sent, weights
+from exercise import settle
 from torch import Tensor
 
 from moe_ep.compat.deep_ep.hybrid import HybridEPBuffer
@@ -71,8 +72,8 @@ def routing_map(case: Case, rank: int) -> Tensor:
     return dense(case, rank, torch.ones(case.tokens_by_rank[rank], case.num_topk, dtype=torch.bool))
 
 
-def run(case: Case, call: Call, group: Any, rank: int) -> dict[str, Any]:
-    """Dispatch, dispatch again by the handle, combine; results by name."""
+def run(case: Case, call: Call, group: Any, rank: int, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """Dispatch, dispatch again by the handle, combine; results by name, on the CPU."""
     case = as_map(case) if call.by_map else case
     buffer = HybridEPBuffer(
         group=group,
@@ -80,20 +81,19 @@ def run(case: Case, call: Call, group: Any, rank: int) -> dict[str, Any]:
         max_num_of_tokens_per_rank=case.tokens_by_rank[rank],  # differs by rank
         num_local_experts=case.experts_per_rank,
     )
-    routing = {"num_of_experts": case.num_experts, "topk_idx": case.topk_idx(rank)}
+    routing = {"num_of_experts": case.num_experts, "topk_idx": case.topk_idx(rank).to(device)}
     if call.by_map:
-        routing = {"routing_map": routing_map(case, rank)}
+        routing = {"routing_map": routing_map(case, rank).to(device)}
     results: dict[str, Any] = {}
     handle = None
     for what in ("x", "x again"):
-        rows, scales = sent(case, call.mode, rank, what)
+        rows, scales = sent(case, call.mode, rank, what, device)
         rows = rows.view(torch.uint8) if call.scales else rows
         arguments = {"hidden": rows, "scaling_factor": scales, "handle": handle}
         if call.weights:
             of_tokens = weights(case, rank, what)
-            arguments |= (
-                {"probs": dense(case, rank, of_tokens)} if call.by_map else {"topk_weights": of_tokens}
-            )
+            values = dense(case, rank, of_tokens) if call.by_map else of_tokens
+            arguments["probs" if call.by_map else "topk_weights"] = values.to(device)
         if handle is None:
             arguments |= routing
         prefix = "" if handle is None else "again "
@@ -107,6 +107,7 @@ def run(case: Case, call: Call, group: Any, rank: int) -> dict[str, Any]:
             results[f"{prefix}tokens_per_expert"] = counts
         else:
             recv, probs, recv_scales, handle = buffer.dispatch(**arguments)
+        settle(device)
         results |= {f"{prefix}x": recv, f"{prefix}probs": probs, f"{prefix}scales": recv_scales}
     assert len(handle) == (11 if call.permute else 7)
     results["count"] = int(handle[3])
@@ -118,12 +119,16 @@ def run(case: Case, call: Call, group: Any, rank: int) -> dict[str, Any]:
     back = None if not call.weights else back
     if call.permute:
         results["y"], results["combined probs"] = buffer.combine_with_unpermute(
-            hidden=x, probs=back, handle=tuple(handle), pad_multiple=call.pad
+            hidden=x.to(device),
+            probs=None if back is None else back.to(device),
+            handle=tuple(handle),
+            pad_multiple=call.pad,
         )
     else:
-        back = None if back is None else everyones(case, rank, back, len(recv))
-        results["y"], results["combined probs"] = buffer.combine(x, back, handle)
-    return results
+        back = None if back is None else everyones(case, rank, back, len(recv)).to(device)
+        results["y"], results["combined probs"] = buffer.combine(x.to(device), back, handle)
+    settle(device)
+    return {name: value.cpu() if isinstance(value, Tensor) else value for name, value in results.items()}
 
 
 def num_rows(case: Case, call: Call, rank: int) -> int:

@@ -99,7 +99,11 @@ class Communicators:
 
         Collective; the host waits once, also where numbers are on a GPU.
         """
-        return self._meet(*numbers).amax(0)[: len(numbers)].int().tolist()
+        most = self._meet(*numbers).amax(0)[: len(numbers)].int()
+        if most.is_cuda:
+            # NOTE: a copy that waits inside the driver would hold up launches of virtual ranks, which this waits for.
+            torch.cuda.current_stream(most.device).synchronize()
+        return most.tolist()
 
     def close(self) -> None:
         for comm in self._by_shape.values():
