@@ -113,7 +113,12 @@ class Communicator:
 
         ``(R - 1) * max_tokens_per_rank * (2 * hidden + 4 * num_topk)``, and a little for routing and signals.
         """
-        return getattr(self._impl, "window_bytes", 0)
+        return self._impl.window_bytes
+
+    @property
+    def available_sms(self) -> int | None:
+        """Multiprocessors that a call can have on this rank's GPU; None for backends without kernels."""
+        return self._impl.available_sms
 
     def choose_num_sms(
         self, op: str, *, layout: str, dtype: torch.dtype, num_tokens: int, overlapped: bool = False
@@ -128,7 +133,7 @@ class Communicator:
     def _choose(
         self, op: str, layout: str, element_size: int, num_tokens: int, overlapped: bool = False
     ) -> int:
-        available = getattr(self._impl, "available_sms", 1)
+        available = self.available_sms or 1
         if self.num_sms is not None:
             return min(self.num_sms, available)
         if self._config is not None:

@@ -127,71 +127,84 @@ void bind(py::module_& module) {
             return wait_for_plan(self.group().host, ticket, timeout_s);
           },
           "Whether the plan with this ticket has reported, before a failure and within timeout_s.")
-      .def("plan",
-           [](const Communicator& self, Address topk_idx, bool is_int64, int num_tokens, bool expert_layout,
-              int alignment, int64_t max_rows, bool fixed_rows, Address tables, Address tokens_per_expert,
-              Address padded_tokens_per_expert, Address rows_needed, Address ids, int64_t ticket,
-              int num_blocks, Address stream) {
-             const Plan plan{pointer<void>(topk_idx),
-                             is_int64,
-                             num_tokens,
-                             expert_layout,
-                             alignment,
-                             max_rows,
-                             fixed_rows,
-                             pointer<int>(tables),
-                             pointer<int64_t>(tokens_per_expert),
-                             pointer<int64_t>(padded_tokens_per_expert),
-                             pointer<int64_t>(rows_needed),
-                             pointer<int64_t>(ids),
-                             ticket,
-                             num_blocks,
-                             pointer<CUstream_st>(stream)};
-             self.launch([&](const Group& group) { return launch_plan(group, plan); });
-           })
-      .def("dispatch",
-           [](const Communicator& self, Address rows, int64_t row_bytes, Address scales, int scale_words,
-              float scale_padding, Address weights, Address tables, Address out_rows, Address out_scales,
-              Address out_weights, int64_t num_rows, bool expert_layout, bool has_padding, int num_blocks,
-              int send_blocks, Address stream) {
-             const Dispatch dispatch{pointer<char>(rows),
-                                     row_bytes,
-                                     pointer<float>(scales),
-                                     scale_words,
-                                     scale_padding,
-                                     pointer<float>(weights),
-                                     pointer<int>(tables),
-                                     pointer<char>(out_rows),
-                                     pointer<float>(out_scales),
-                                     pointer<float>(out_weights),
-                                     num_rows,
-                                     expert_layout,
-                                     has_padding,
-                                     num_blocks,
-                                     send_blocks,
-                                     pointer<CUstream_st>(stream)};
-             self.launch([&](const Group& group) { return launch_dispatch(group, dispatch); });
-           })
-      .def("combine", [](const Communicator& self, Address rows, DType dtype, int64_t row_bytes,
-                         Address row_weights, Address bias_0, Address bias_1, Address tables, int num_tokens,
-                         Address out, Address out_weights, int64_t num_rows, bool expert_layout,
-                         int num_blocks, int send_blocks, Address stream) {
-        const Combine combine{pointer<char>(rows),
-                              dtype,
-                              row_bytes,
-                              pointer<float>(row_weights),
-                              {pointer<char>(bias_0), pointer<char>(bias_1)},
-                              pointer<int>(tables),
-                              num_tokens,
-                              pointer<char>(out),
-                              pointer<float>(out_weights),
-                              num_rows,
-                              expert_layout,
-                              num_blocks,
-                              send_blocks,
-                              pointer<CUstream_st>(stream)};
-        self.launch([&](const Group& group) { return launch_combine(group, combine); });
-      });
+      .def(
+          "plan",
+          [](const Communicator& self, Address topk_idx, bool is_int64, int num_tokens, bool expert_layout,
+             int alignment, int64_t max_rows, bool fixed_rows, Address tables, Address tokens_per_expert,
+             Address padded_tokens_per_expert, Address rows_needed, Address ids, int64_t ticket,
+             int num_blocks, Address stream) {
+            const Plan plan{pointer<void>(topk_idx),
+                            is_int64,
+                            num_tokens,
+                            expert_layout,
+                            alignment,
+                            max_rows,
+                            fixed_rows,
+                            pointer<int>(tables),
+                            pointer<int64_t>(tokens_per_expert),
+                            pointer<int64_t>(padded_tokens_per_expert),
+                            pointer<int64_t>(rows_needed),
+                            pointer<int64_t>(ids),
+                            ticket,
+                            num_blocks,
+                            pointer<CUstream_st>(stream)};
+            self.launch([&](const Group& group) { return launch_plan(group, plan); });
+          },
+          py::arg("topk_idx"), py::arg("is_int64"), py::arg("num_tokens"), py::arg("expert_layout"),
+          py::arg("alignment"), py::arg("max_rows"), py::arg("fixed_rows"), py::arg("tables"),
+          py::arg("tokens_per_expert"), py::arg("padded_tokens_per_expert"), py::arg("rows_needed"),
+          py::arg("ids"), py::arg("ticket"), py::arg("num_blocks"), py::arg("stream"))
+      .def(
+          "dispatch",
+          [](const Communicator& self, Address rows, int64_t row_bytes, Address scales, int scale_words,
+             float scale_padding, Address weights, Address tables, Address out_rows, Address out_scales,
+             Address out_weights, int64_t num_rows, bool expert_layout, bool has_padding, int num_blocks,
+             int send_blocks, Address stream) {
+            const Dispatch dispatch{pointer<char>(rows),
+                                    row_bytes,
+                                    pointer<float>(scales),
+                                    scale_words,
+                                    scale_padding,
+                                    pointer<float>(weights),
+                                    pointer<int>(tables),
+                                    pointer<char>(out_rows),
+                                    pointer<float>(out_scales),
+                                    pointer<float>(out_weights),
+                                    num_rows,
+                                    expert_layout,
+                                    has_padding,
+                                    num_blocks,
+                                    send_blocks,
+                                    pointer<CUstream_st>(stream)};
+            self.launch([&](const Group& group) { return launch_dispatch(group, dispatch); });
+          },
+          py::arg("rows"), py::arg("row_bytes"), py::arg("scales"), py::arg("scale_words"),
+          py::arg("scale_padding"), py::arg("weights"), py::arg("tables"), py::arg("out_rows"),
+          py::arg("out_scales"), py::arg("out_weights"), py::arg("num_rows"), py::arg("expert_layout"),
+          py::arg("has_padding"), py::arg("num_blocks"), py::arg("send_blocks"), py::arg("stream"))
+      .def(
+          "combine",
+          [](const Communicator& self, Address rows, DType dtype, int64_t row_bytes, Address row_weights,
+             Address bias_0, Address bias_1, Address tables, int num_tokens, Address out, Address out_weights,
+             bool expert_layout, int num_blocks, int send_blocks, Address stream) {
+            const Combine combine{pointer<char>(rows),
+                                  dtype,
+                                  row_bytes,
+                                  pointer<float>(row_weights),
+                                  {pointer<char>(bias_0), pointer<char>(bias_1)},
+                                  pointer<int>(tables),
+                                  num_tokens,
+                                  pointer<char>(out),
+                                  pointer<float>(out_weights),
+                                  expert_layout,
+                                  num_blocks,
+                                  send_blocks,
+                                  pointer<CUstream_st>(stream)};
+            self.launch([&](const Group& group) { return launch_combine(group, combine); });
+          },
+          py::arg("rows"), py::arg("dtype"), py::arg("row_bytes"), py::arg("row_weights"), py::arg("bias_0"),
+          py::arg("bias_1"), py::arg("tables"), py::arg("num_tokens"), py::arg("out"), py::arg("out_weights"),
+          py::arg("expert_layout"), py::arg("num_blocks"), py::arg("send_blocks"), py::arg("stream"));
 }
 
 }  // namespace moe_ep::nvlink

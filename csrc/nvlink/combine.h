@@ -18,7 +18,6 @@ struct Combine {
   int num_tokens;                  // T
   char* out;                       // [T, width] of dtype
   float* out_weights;              // [T, K]
-  int64_t num_rows;                // N
   bool expert_layout;
   int num_blocks;
   int send_blocks;  // of these; 0 in a group of one rank, else enough for a warp for each peer

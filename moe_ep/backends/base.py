@@ -57,6 +57,10 @@ class Backend(ABC):
     name: str
     rank: int
     size: int
+    window_bytes = 0
+    """Memory of this rank that other ranks' kernels write to."""
+    available_sms: int | None = None
+    """Multiprocessors that a call's kernels can have; None without kernels."""
     checks_ids = False
     """Whether `plan` finds bad expert ids itself; otherwise they must have been checked before."""
 

@@ -175,21 +175,21 @@ class NvlinkBackend(Backend):
         if exact:
             self._tickets += 1
         self._communicator.plan(
-            topk_idx.data_ptr(),
-            topk_idx.dtype == torch.int64,
-            num_tokens,
-            expert_layout,
-            spec.expert_alignment,
-            max_rows,
-            not exact,
-            tables.data_ptr(),
-            first_count,
-            first_count + count_bytes,
-            first_count + 2 * count_bytes,
-            0 if ids is None else ids.data_ptr(),
-            self._tickets if exact else 0,
-            self.num_sms("dispatch", spec.layout, 2, num_tokens, num_sms)[0],
-            self._stream(),
+            topk_idx=topk_idx.data_ptr(),
+            is_int64=topk_idx.dtype == torch.int64,
+            num_tokens=num_tokens,
+            expert_layout=expert_layout,
+            alignment=spec.expert_alignment,
+            max_rows=max_rows,
+            fixed_rows=not exact,
+            tables=tables.data_ptr(),
+            tokens_per_expert=first_count,
+            padded_tokens_per_expert=first_count + count_bytes,
+            rows_needed=first_count + 2 * count_bytes,
+            ids=0 if ids is None else ids.data_ptr(),
+            ticket=self._tickets if exact else 0,
+            num_blocks=self.num_sms("dispatch", spec.layout, 2, num_tokens, num_sms)[0],
+            stream=self._stream(),
         )
         # Before the wait, since dispatch is waited for from the plan's end on.
         tokens_per_expert, padded, needed = counts.split((num_local, num_local, 1))
@@ -250,22 +250,26 @@ class NvlinkBackend(Backend):
         if weights is not None:
             row_weights = weights.new_empty(meta.shape)
             out_weights = row_weights.data_ptr()
+        num_blocks, send_blocks = self.num_sms(
+            "dispatch", spec.layout, rows.element_size(), rows.shape[0], num_sms
+        )
         self._communicator.dispatch(
-            _aligned(rows).data_ptr(),
-            row_bytes,
-            scales,
-            scale_words,
-            padding,
-            _address(weights),
-            state[_TABLES].data_ptr(),
-            out[0].data_ptr(),
-            out_scales,
-            out_weights,
-            num_rows,
-            spec.layout == "expert",
-            spec.expert_alignment > 1 or spec.max_recv_rows is not None,
-            *self.num_sms("dispatch", spec.layout, rows.element_size(), rows.shape[0], num_sms),
-            self._stream(),
+            rows=_aligned(rows).data_ptr(),
+            row_bytes=row_bytes,
+            scales=scales,
+            scale_words=scale_words,
+            scale_padding=padding,
+            weights=_address(weights),
+            tables=state[_TABLES].data_ptr(),
+            out_rows=out[0].data_ptr(),
+            out_scales=out_scales,
+            out_weights=out_weights,
+            num_rows=num_rows,
+            expert_layout=spec.layout == "expert",
+            has_padding=spec.expert_alignment > 1 or spec.max_recv_rows is not None,
+            num_blocks=num_blocks,
+            send_blocks=send_blocks,
+            stream=self._stream(),
         )
         return out, row_weights
 
@@ -291,20 +295,24 @@ class NvlinkBackend(Backend):
             topk_weights = row_weights.new_empty((num_tokens, spec.num_topk))
         biases = [_aligned(bias.contiguous()) for bias in biases]
         addresses = [bias.data_ptr() for bias in biases] + [0] * (_MAX_BIASES - len(biases))
+        num_blocks, send_blocks = self.num_sms(
+            "combine", spec.layout, rows.element_size(), num_tokens, num_sms
+        )
         self._communicator.combine(
-            _aligned(rows).data_ptr(),
-            self._kernel_dtypes[rows.dtype],
-            rows.shape[1] * rows.element_size(),
-            _address(row_weights),
-            *addresses,
-            state[_TABLES].data_ptr(),
-            num_tokens,
-            out.data_ptr(),
-            0 if topk_weights is None else topk_weights.data_ptr(),
-            rows.shape[0],
-            spec.layout == "expert",
-            *self.num_sms("combine", spec.layout, rows.element_size(), num_tokens, num_sms),
-            self._stream(),
+            rows=_aligned(rows).data_ptr(),
+            dtype=self._kernel_dtypes[rows.dtype],
+            row_bytes=rows.shape[1] * rows.element_size(),
+            row_weights=_address(row_weights),
+            bias_0=addresses[0],
+            bias_1=addresses[1],
+            tables=state[_TABLES].data_ptr(),
+            num_tokens=num_tokens,
+            out=out.data_ptr(),
+            out_weights=0 if topk_weights is None else topk_weights.data_ptr(),
+            expert_layout=spec.layout == "expert",
+            num_blocks=num_blocks,
+            send_blocks=send_blocks,
+            stream=self._stream(),
         )
         return out, topk_weights
 

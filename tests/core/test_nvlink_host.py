@@ -43,7 +43,7 @@ class Kernels:
 
     def __init__(self, log):
         for name in ("plan", "dispatch", "combine"):
-            setattr(self, name, lambda *_args, name=name: log.names.append(name))
+            setattr(self, name, lambda name=name, **_arguments: log.names.append(name))
         self._log = log
 
     def table_words(self, num_tokens):

@@ -185,7 +185,6 @@ class Sweep {
                                              kTokens,
                                              rank.out,
                                              nullptr,
-                                             rank.num_rows,
                                              expert_layout,
                                              num_sms,
                                              senders,

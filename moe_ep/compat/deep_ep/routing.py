@@ -61,9 +61,7 @@ class RankRouting:
 
     def num_sms(self, x: torch.Tensor, wanted: int) -> int | None:
         """``wanted`` multiprocessors, or as many as there are; None, the communicator's choice, for 0."""
-        # NOTE: a communicator has no public word for what it can have.
-        available = getattr(self._communicator(x)._impl, "available_sms", wanted)
-        return min(wanted, available) or None
+        return min(wanted, self._communicator(x).available_sms or wanted) or None
 
     def _communicator(self, x: torch.Tensor) -> Communicator:
         size = self._communicators.size

@@ -215,8 +215,7 @@ def _available(num_sms: int | None, communicator_id: int) -> int | None:
     """``num_sms``, or as many multiprocessors as there are: deep_ep's callers ask for what suits another machine."""
     if num_sms is None:
         return None
-    # NOTE: a communicator has no public word for what it can have.
-    return min(num_sms, getattr(find(communicator_id)._impl, "available_sms", num_sms))
+    return min(num_sms, find(communicator_id).available_sms or num_sms)
 
 
 def check_rows(name: str, x: torch.Tensor, num_rows: int | None = None) -> None:
