@@ -9,6 +9,7 @@ from torch import nn
 from .config import ModelConfig
 from .norm import RMSNorm
 from .rope import rotate, softmax_scale
+from .weight_gradients import Linear
 
 
 class MultiHeadLatentAttention(nn.Module):
@@ -38,17 +39,15 @@ class MultiHeadLatentAttention(nn.Module):
         factory = {"device": device, "dtype": dtype}
         c, heads = config, config.num_heads
         if c.q_lora_rank is None:
-            self.q_proj = nn.Linear(c.hidden, heads * c.qk_head_dim, bias=False, **factory)
+            self.q_proj = Linear(c.hidden, heads * c.qk_head_dim, **factory)
         else:
-            self.q_down = nn.Linear(c.hidden, c.q_lora_rank, bias=False, **factory)
+            self.q_down = Linear(c.hidden, c.q_lora_rank, **factory)
             self.q_norm = RMSNorm(c.q_lora_rank, eps=c.norm_eps, **factory)
-            self.q_up = nn.Linear(c.q_lora_rank, heads * c.qk_head_dim, bias=False, **factory)
-        self.kv_down = nn.Linear(c.hidden, c.kv_lora_rank + c.qk_rope_head_dim, bias=False, **factory)
+            self.q_up = Linear(c.q_lora_rank, heads * c.qk_head_dim, **factory)
+        self.kv_down = Linear(c.hidden, c.kv_lora_rank + c.qk_rope_head_dim, **factory)
         self.kv_norm = RMSNorm(c.kv_lora_rank, eps=c.norm_eps, **factory)
-        self.kv_up = nn.Linear(
-            c.kv_lora_rank, heads * (c.qk_nope_head_dim + c.v_head_dim), bias=False, **factory
-        )
-        self.out_proj = nn.Linear(heads * c.v_head_dim, c.hidden, bias=False, **factory)
+        self.kv_up = Linear(c.kv_lora_rank, heads * (c.qk_nope_head_dim + c.v_head_dim), **factory)
+        self.out_proj = Linear(heads * c.v_head_dim, c.hidden, **factory)
 
     def forward(self, x_BSH: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         """Attends within each sequence, each position to itself and those before.

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .weight_gradients import Linear
+
 
 class FeedForward(nn.Module):
     """``down(silu(gate(x)) * up(x))`` (SwiGLU, arXiv:2002.05202), with gate and up in one matrix.
@@ -22,8 +24,8 @@ class FeedForward(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.gate_up = nn.Linear(hidden, 2 * ffn_hidden, bias=False, device=device, dtype=dtype)
-        self.down = nn.Linear(ffn_hidden, hidden, bias=False, device=device, dtype=dtype)
+        self.gate_up = Linear(hidden, 2 * ffn_hidden, device=device, dtype=dtype)
+        self.down = Linear(ffn_hidden, hidden, device=device, dtype=dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``x [..., H]`` -> ``[..., H]``."""

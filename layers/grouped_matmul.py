@@ -7,6 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch.autograd.function import once_differentiable
 
+from moe_ep.streams import named_range
+
+from .weight_gradients import Compute, later
+
 
 def grouped_matmul(
     rows_NI: torch.Tensor,
@@ -22,15 +26,18 @@ def grouped_matmul(
     device. Rows past the last expert's, which only static sizes have, come out undefined and get an undefined
     gradient: nothing may read them. An expert without rows gets a zero weight gradient.
 
-    CUDA bfloat16 runs torch's grouped matmul if ``I`` and ``O`` are multiples of 8 (it wants 16-byte
-    strides); all else a loop of plain products.
+    A `WeightGradStore` may keep the weight's gradient for later. CUDA bfloat16 runs torch's grouped matmul if
+    ``I`` and ``O`` are multiples of 8 (it wants 16-byte strides); all else a loop of plain products.
     """
+    put = later(rows_NI, weight_LOI)
+    if put is not None:
+        weight_LOI = weight_LOI.detach()
     if uses_grouped_mm(rows_NI, weight_LOI):
         ends = tokens_per_expert.cumsum(0).clamp(max=rows_NI.shape[0]).to(torch.int32)
-        return _GroupedMatmul.apply(rows_NI.contiguous(), weight_LOI, ends)
+        return _GroupedMatmul.apply(rows_NI.contiguous(), weight_LOI, ends, put)
     if splits is None:
         splits = tokens_per_expert.tolist()
-    return _LoopedMatmul.apply(rows_NI, weight_LOI, tuple(_segments(splits, rows_NI.shape[0])))
+    return _LoopedMatmul.apply(rows_NI, weight_LOI, tuple(_segments(splits, rows_NI.shape[0])), put)
 
 
 def uses_grouped_mm(rows_NI: torch.Tensor, weight_LOI: torch.Tensor) -> bool:
@@ -58,45 +65,68 @@ def _segments(splits: Sequence[int], num_rows: int) -> list[tuple[int, int]]:
 class _GroupedMatmul(torch.autograd.Function):
     # NOTE: torch's own derivative of grouped_mm refuses expanded gradients, which y.sum().backward() makes.
     @staticmethod
-    def forward(ctx, rows_NI, weight_LOI, ends):
+    def forward(ctx, rows_NI, weight_LOI, ends, put):
         ctx.save_for_backward(rows_NI, weight_LOI, ends)
-        return torch.nn.functional.grouped_mm(rows_NI, weight_LOI.transpose(1, 2), offs=ends)
+        ctx.put = put
+        with named_range("moe_ep.experts.matmul"):
+            return torch.nn.functional.grouped_mm(rows_NI, weight_LOI.transpose(1, 2), offs=ends)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_NO):
         rows_NI, weight_LOI, ends = ctx.saved_tensors
         grad_NO = grad_NO.contiguous()
-        grad_rows = grad_weight = None
+
+        def weight_gradient() -> torch.Tensor:
+            with named_range("moe_ep.experts.matmul.wgrad"):
+                return torch.nn.functional.grouped_mm(grad_NO.t(), rows_NI, offs=ends)
+
+        grad_rows = None
         if ctx.needs_input_grad[0]:
-            grad_rows = torch.nn.functional.grouped_mm(grad_NO, weight_LOI, offs=ends)
-        if ctx.needs_input_grad[1]:
-            grad_weight = torch.nn.functional.grouped_mm(grad_NO.t(), rows_NI, offs=ends)
-        return grad_rows, grad_weight, None
+            with named_range("moe_ep.experts.matmul.dgrad"):
+                grad_rows = torch.nn.functional.grouped_mm(grad_NO, weight_LOI, offs=ends)
+        return grad_rows, _now_or_later(ctx, weight_gradient), None, None
 
 
 class _LoopedMatmul(torch.autograd.Function):
     # Against slicing and concatenating under autograd this spares a copy of rows and one of gradients.
     @staticmethod
-    def forward(ctx, rows_NI, weight_LOI, segments):
+    def forward(ctx, rows_NI, weight_LOI, segments, put):
         ctx.save_for_backward(rows_NI, weight_LOI)
-        ctx.segments = segments
+        ctx.segments, ctx.put = segments, put
         out_NO = rows_NI.new_zeros(rows_NI.shape[0], weight_LOI.shape[1])
-        for expert, (start, end) in enumerate(segments):
-            if end > start:
-                torch.mm(rows_NI[start:end], weight_LOI[expert].t(), out=out_NO[start:end])
+        with named_range("moe_ep.experts.matmul"):
+            for expert, (start, end) in enumerate(segments):
+                if end > start:
+                    torch.mm(rows_NI[start:end], weight_LOI[expert].t(), out=out_NO[start:end])
         return out_NO
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_NO):
         rows_NI, weight_LOI = ctx.saved_tensors
-        grad_rows = torch.zeros_like(rows_NI) if ctx.needs_input_grad[0] else None
-        grad_weight = torch.empty_like(weight_LOI) if ctx.needs_input_grad[1] else None
-        for expert, (start, end) in enumerate(ctx.segments):
-            grad = grad_NO[start:end]
-            if grad_rows is not None and end > start:
-                torch.mm(grad, weight_LOI[expert], out=grad_rows[start:end])
-            if grad_weight is not None:
-                torch.mm(grad.t(), rows_NI[start:end], out=grad_weight[expert])
-        return grad_rows, grad_weight, None
+        segments = ctx.segments
+
+        def weight_gradient() -> torch.Tensor:
+            grad_weight = torch.empty_like(weight_LOI)
+            with named_range("moe_ep.experts.matmul.wgrad"):
+                for expert, (start, end) in enumerate(segments):
+                    torch.mm(grad_NO[start:end].t(), rows_NI[start:end], out=grad_weight[expert])
+            return grad_weight
+
+        grad_rows = None
+        if ctx.needs_input_grad[0]:
+            grad_rows = torch.zeros_like(rows_NI)
+            with named_range("moe_ep.experts.matmul.dgrad"):
+                for expert, (start, end) in enumerate(segments):
+                    if end > start:
+                        torch.mm(grad_NO[start:end], weight_LOI[expert], out=grad_rows[start:end])
+        return grad_rows, _now_or_later(ctx, weight_gradient), None, None
+
+
+def _now_or_later(ctx, weight_gradient: Compute) -> torch.Tensor | None:
+    """The weight's gradient, if autograd is to have it."""
+    if ctx.put is not None:
+        ctx.put(weight_gradient)
+        return None
+    return weight_gradient() if ctx.needs_input_grad[1] else None

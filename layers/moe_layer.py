@@ -76,18 +76,19 @@ class MoELayer(nn.Module):
                 routed.topk_idx,
                 routed.topk_weights,
                 dispatcher=self.dispatcher,
-                run_experts=self._run_experts,
+                run_experts=self.run_experts,
                 shared=self.shared,
                 num_chunks=overlap_chunks,
             )
             return y_TH.view_as(x), routed.aux_loss
         out = self.dispatcher.dispatch(x_TH, routed.topk_idx, routed.topk_weights)
-        y_TH = self.dispatcher.combine(self._run_experts(out), out.handle)
+        y_TH = self.dispatcher.combine(self.run_experts(out), out.handle)
         if self.shared is not None:
             y_TH = y_TH + self.shared(x_TH)
         return y_TH.view_as(x), routed.aux_loss
 
-    def _run_experts(self, out: moe_ep.DispatchOutput) -> torch.Tensor:
+    def run_experts(self, out: moe_ep.DispatchOutput) -> torch.Tensor:
+        """What a dispatch gave -> the rows to combine, ``[N, H]``."""
         if self.config.layout == "expert":
             return self.experts(out.tokens, out.weights, out.padded_tokens_per_expert, out.splits)
         tokens_NH = out.tokens

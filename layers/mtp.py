@@ -45,5 +45,9 @@ class MtpModule(nn.Module):
         """``h_BSH``, ``embedding_BSH [B, S, H]`` -> ``h' [B, S, H]`` (before final_norm) and the auxiliary
         loss.
         """
+        return self.block(self.mix(h_BSH, embedding_BSH), rotary)
+
+    def mix(self, h_BSH: torch.Tensor, embedding_BSH: torch.Tensor) -> torch.Tensor:
+        """What the block gets, ``[B, S, H]``."""
         mixed = torch.cat((self.hidden_norm(h_BSH), self.embedding_norm(embedding_BSH)), dim=-1)
-        return self.block(self.proj(mixed), rotary)
+        return self.proj(mixed)

@@ -46,9 +46,16 @@ class TransformerBlock(nn.Module):
         """``x_BSH [B, S, H]``, the rotary tables for ``S`` -> ``[B, S, H]`` and the auxiliary loss (None if
         dense).
         """
-        x_BSH = x_BSH + self.attention(self.attention_norm(x_BSH), rotary)
+        x_BSH, normed_BSH = self.attend(x_BSH, rotary)
         if self.is_moe:
-            y_BSH, aux_loss = self.moe(self.ffn_norm(x_BSH))
+            y_BSH, aux_loss = self.moe(normed_BSH)
         else:
-            y_BSH, aux_loss = self.ffn(self.ffn_norm(x_BSH)), None
+            y_BSH, aux_loss = self.ffn(normed_BSH), None
         return x_BSH + y_BSH, aux_loss
+
+    def attend(
+        self, x_BSH: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The first half: the residual stream behind the attention, and its norm, which the feed-forward gets."""
+        x_BSH = x_BSH + self.attention(self.attention_norm(x_BSH), rotary)
+        return x_BSH, self.ffn_norm(x_BSH)
