@@ -150,6 +150,43 @@ def combine(
     return y
 
 
+def dispatch_backward(
+    grad_tokens: torch.Tensor,
+    grad_weights: torch.Tensor | None,
+    handle: DispatchHandle,
+    *,
+    num_sms: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What autograd runs as the backward of a `dispatch`, for schedules that run it themselves. Collective.
+
+    Args:
+        grad_tokens: gradient of the dispatched tokens, ``[N, H]``, contiguous.
+        grad_weights: of their weights, ``[N]`` or ``[N, K]``; None if the dispatch had none.
+        handle, num_sms: as in `combine`.
+
+    Returns: the gradients of x ``[T, H]`` and of topk_weights ``[T, K]``.
+    """
+    with named_range("moe_ep.dispatch.backward"):
+        return _Combine.call(grad_tokens, grad_weights, handle, None, num_sms)
+
+
+def combine_backward(
+    grad_y: torch.Tensor | Fp8Tokens, handle: DispatchHandle, *, num_sms: int | None = None
+) -> torch.Tensor | Fp8Tokens:
+    """What autograd runs as the backward of a `combine`, for schedules that run it themselves. Collective.
+
+    ``grad_y [T, H]``: of the combine's result; Fp8Tokens travel, and come out, as such. Returns the gradient of
+    expert_rows, ``[N, H]``.
+    """
+    comm = find(handle.communicator_id)
+    with named_range("moe_ep.combine.backward"):
+        if isinstance(grad_y, Fp8Tokens):
+            data, scale_inv, _ = _move_fp8(grad_y.data, grad_y.scale_inv, None, handle, num_sms)
+            return Fp8Tokens(data, scale_inv)
+        check_tokens("grad_y", grad_y, comm, handle.num_tokens)
+        return _Dispatch.call(grad_y, None, handle, None, num_sms)[0]
+
+
 def dispatch_async(
     x: torch.Tensor | Fp8Tokens,
     topk_idx: torch.Tensor | None,

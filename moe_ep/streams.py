@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
+from . import timeline
 from .communicator import Communicator
 
 
@@ -48,10 +49,17 @@ class Event:
 
 
 def named_range(name: str) -> AbstractContextManager:
-    """A range in profiles. Where nobody makes one it costs microseconds for nothing, and torch.compile knows none."""
-    if torch.compiler.is_compiling() or not torch.autograd.profiler._is_profiler_enabled:
+    """A range in profiles and in a `Timeline`. Where nobody makes one it costs microseconds for nothing, and
+    torch.compile knows none.
+    """
+    if torch.compiler.is_compiling():
         return nullcontext()
-    return torch.profiler.record_function(name)
+    recording = timeline.recording()
+    if recording is not None:
+        return recording.range(name)
+    if torch.autograd.profiler._is_profiler_enabled:
+        return torch.profiler.record_function(name)
+    return nullcontext()
 
 
 @contextmanager
