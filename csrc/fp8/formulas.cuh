@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#include "common/dtype.h"
 #include "common/vector.cuh"
 
 namespace moe_ep::fp8 {
