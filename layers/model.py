@@ -85,9 +85,9 @@ class DeepSeekModel(nn.Module):
         targets alike. Losses are means over this rank's counted targets; none at all give a loss of zero.
         Raises InvalidInput for a bad shape or a sequence that is too long (or, with MTP, too short).
         """
-        self._check(tokens_BS, targets_BS)
+        self.check(tokens_BS, targets_BS)
         rotary = self.rotary(tokens_BS.shape[1])
-        h_BSH = self.embedding(tokens_BS)
+        h_BSH, *seen = self.embed(tokens_BS, targets_BS)
         aux_losses = []
         for layer in self.layers:
             h_BSH, aux_loss = layer(h_BSH, rotary)
@@ -98,37 +98,41 @@ class DeepSeekModel(nn.Module):
             return ModelOutput(logits_BSV)
 
         main_loss = token_loss(logits_BSV, targets_BS)
-        mtp_loss = (
-            self._mtp_loss(h_BSH, targets_BS, rotary, aux_losses) if self.mtp else torch.zeros_like(main_loss)
-        )
+        deeper = []
+        for module, embedding_BSH in zip(self.mtp, seen, strict=True):
+            length = embedding_BSH.shape[1]
+            cut = rotary[0][:length], rotary[1][:length]
+            h_BSH, aux_loss = module(h_BSH[:, :length], embedding_BSH, cut)
+            aux_losses.append(aux_loss)
+            deeper.append(h_BSH)
+        mtp_loss = self.mtp_loss(deeper, targets_BS) if deeper else torch.zeros_like(main_loss)
         aux_loss = torch.stack(aux_losses).sum() if aux_losses else torch.zeros_like(main_loss)
         loss = main_loss + self.config.mtp_loss_weight * mtp_loss + aux_loss
         return ModelOutput(logits_BSV, loss, main_loss, mtp_loss, aux_loss)
 
-    def _mtp_loss(
-        self,
-        h_BSH: torch.Tensor,
-        targets_BS: torch.Tensor,
-        rotary: tuple[torch.Tensor, torch.Tensor],
-        aux_losses: list[torch.Tensor],
-    ) -> torch.Tensor:
-        """Mean loss of the MTP modules; their auxiliary losses are appended to ``aux_losses``.
+    def embed(self, tokens_BS: torch.Tensor, targets_BS: torch.Tensor | None) -> list[torch.Tensor]:
+        """``[B, S, H]`` of the tokens; with targets also ``[B, S - k, H]`` for MTP module ``k`` (from 1).
 
-        Position ``i`` of module ``k`` (from 1) sees token ``i + k``, which is ``targets[i + k - 1]``, and
-        predicts ``targets[i + k]``; the last ``k`` positions have no target and are left out.
+        Position ``i`` of module ``k`` sees token ``i + k``, which is ``targets[i + k - 1]``, and predicts
+        ``targets[i + k]``; the last ``k`` positions have no target and are left out.
         """
-        seq_len = targets_BS.shape[1]
-        losses = []
-        for k, module in enumerate(self.mtp, start=1):
-            length = seq_len - k
-            seen = targets_BS[:, k - 1 : seq_len - 1].clamp(min=0)
-            cut = rotary[0][:length], rotary[1][:length]
-            h_BSH, aux_loss = module(h_BSH[:, :length], self.embedding(seen), cut)
-            aux_losses.append(aux_loss)
-            losses.append(token_loss(self.head(module.final_norm(h_BSH)), targets_BS[:, k:]))
+        embedded = [self.embedding(tokens_BS)]
+        if targets_BS is not None:
+            last = targets_BS.shape[1] - 1
+            for k in range(1, len(self.mtp) + 1):
+                embedded.append(self.embedding(targets_BS[:, k - 1 : last].clamp(min=0)))
+        return embedded
+
+    def mtp_loss(self, deeper: list[torch.Tensor], targets_BS: torch.Tensor) -> torch.Tensor:
+        """Mean loss of the MTP modules, from what they return, ``[B, S - k, H]``."""
+        losses = [
+            token_loss(self.head(module.final_norm(h_BSH)), targets_BS[:, k:])
+            for k, (module, h_BSH) in enumerate(zip(self.mtp, deeper, strict=True), start=1)
+        ]
         return torch.stack(losses).mean()
 
-    def _check(self, tokens_BS: torch.Tensor, targets_BS: torch.Tensor | None) -> None:
+    def check(self, tokens_BS: torch.Tensor, targets_BS: torch.Tensor | None) -> None:
+        """Raises InvalidInput for what forward can't take."""
         if tokens_BS.dim() != 2:
             raise InvalidInput(f"tokens must have shape [B, S]; got {tuple(tokens_BS.shape)}")
         seq_len, limit = tokens_BS.shape[1], self.config.max_seq_len

@@ -16,7 +16,7 @@ class TokenDispatcher(nn.Module):
     """Moves tokens to the ranks of their experts and results back; no parameters.
 
     ``layout``, ``expert_alignment``, ``fp8``, ``fp8_backward`` and ``max_recv_rows`` come from ``config``.
-    One communicator may serve any number of dispatchers.
+    ``num_sms`` of a call counts for its backward, too. One communicator may serve any number of dispatchers.
     """
 
     def __init__(self, config: ModelConfig, comm: moe_ep.Communicator) -> None:
@@ -31,30 +31,44 @@ class TokenDispatcher(nn.Module):
         self.comm = comm
 
     def dispatch(
-        self, x_TH: torch.Tensor, topk_idx_TK: torch.Tensor, topk_weights_TK: torch.Tensor
+        self,
+        x_TH: torch.Tensor,
+        topk_idx_TK: torch.Tensor,
+        topk_weights_TK: torch.Tensor,
+        *,
+        num_sms: int | None = None,
     ) -> moe_ep.DispatchOutput:
         """``x_TH [T, H]``, ``topk_idx_TK [T, K]`` (-1: none), ``topk_weights_TK [T, K]`` -> see
         ``moe_ep.dispatch``.
         """
         tensors = x_TH.contiguous(), topk_idx_TK.contiguous(), topk_weights_TK.contiguous()
-        return moe_ep.dispatch(*tensors, self.comm, **self._dispatch_options)
+        return moe_ep.dispatch(*tensors, self.comm, num_sms=num_sms, **self._dispatch_options)
 
     def dispatch_async(
-        self, x_TH: torch.Tensor, topk_idx_TK: torch.Tensor, topk_weights_TK: torch.Tensor
+        self,
+        x_TH: torch.Tensor,
+        topk_idx_TK: torch.Tensor,
+        topk_weights_TK: torch.Tensor,
+        *,
+        num_sms: int | None = None,
     ) -> tuple[moe_ep.DispatchOutput, moe_ep.Event]:
         """``dispatch`` on the communicator's stream; use the output after ``event.wait()``."""
         tensors = x_TH.contiguous(), topk_idx_TK.contiguous(), topk_weights_TK.contiguous()
-        return moe_ep.dispatch_async(*tensors, self.comm, **self._dispatch_options)
+        return moe_ep.dispatch_async(*tensors, self.comm, num_sms=num_sms, **self._dispatch_options)
 
-    def combine(self, rows_NH: torch.Tensor, handle: moe_ep.DispatchHandle) -> torch.Tensor:
+    def combine(
+        self, rows_NH: torch.Tensor, handle: moe_ep.DispatchHandle, *, num_sms: int | None = None
+    ) -> torch.Tensor:
         """``rows_NH [N, H]``, one for each dispatched row -> ``[T, H]``, the sum for each token."""
-        return moe_ep.combine(rows_NH.contiguous(), handle, fp8_backward=self.config.fp8_backward)
+        options = {"fp8_backward": self.config.fp8_backward, "num_sms": num_sms}
+        return moe_ep.combine(rows_NH.contiguous(), handle, **options)
 
     def combine_async(
-        self, rows_NH: torch.Tensor, handle: moe_ep.DispatchHandle
+        self, rows_NH: torch.Tensor, handle: moe_ep.DispatchHandle, *, num_sms: int | None = None
     ) -> tuple[torch.Tensor, moe_ep.Event]:
         """``combine`` on the communicator's stream; use the result after ``event.wait()``."""
-        return moe_ep.combine_async(rows_NH.contiguous(), handle, fp8_backward=self.config.fp8_backward)
+        options = {"fp8_backward": self.config.fp8_backward, "num_sms": num_sms}
+        return moe_ep.combine_async(rows_NH.contiguous(), handle, **options)
 
     @property
     def _dispatch_options(self) -> dict[str, Any]:

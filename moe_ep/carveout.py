@@ -28,8 +28,8 @@ _before: list[int | None] = []
 def leave_free(num_sms: int) -> Iterator[None]:
     """Matrix products launched inside leave ``num_sms`` SMs (0 to 64) of their GPU free; 0 changes nothing.
 
-    Where several are open, in one thread or in several, the largest counts; when the last one ends, what torch's setting
-    was before is put back. Only launches matter: what has been launched inside may run later. Another number of SMs
+    Where several are open, in one thread or in several, the largest counts; when the last one ends, torch's setting is
+    again what it was. Only launches matter: what has been launched inside may run later. Another number of SMs
     can mean another kernel, and so other rounding.
 
     Raises InvalidInput.
