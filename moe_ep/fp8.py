@@ -13,6 +13,7 @@ power-of-two scales, no amax floor), so that the bytes equal its kernels' bit fo
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -177,6 +178,54 @@ def dequantize_torch(data: torch.Tensor, scale_inv: torch.Tensor, dtype: torch.d
     blocks = scale_inv.shape[1]
     tiles = F.pad(data.float(), (0, blocks * BLOCK - hidden)).view(num_rows, blocks, BLOCK)
     return (tiles * scale_inv.unsqueeze(-1)).view(num_rows, blocks * BLOCK)[:, :hidden].to(dtype)
+
+
+@dataclass(frozen=True)
+class _Carried:
+    tokens: Fp8Tokens
+    stream: torch.cuda.Stream | None
+
+
+# By storage, so that a tensor that shares it, such as a detached one, carries the same.
+_carried: weakref.WeakKeyDictionary[torch.UntypedStorage, _Carried] = weakref.WeakKeyDictionary()
+_takes_carried: weakref.WeakKeyDictionary[torch.UntypedStorage, torch.Size] = weakref.WeakKeyDictionary()
+
+
+def carry(tokens: Fp8Tokens, dtype: torch.dtype) -> torch.Tensor:
+    """A tensor ``[M, H]`` of ``dtype`` to stand for ``tokens`` where only tensors pass, as in autograd.
+
+    It has no memory of its own. Whoever knows asks `carried`; for everybody else its elements are NaN.
+    """
+    data = tokens.data
+    carrier = torch.full((), float("nan"), dtype=dtype, device=data.device).expand(data.shape)
+    stream = torch.cuda.current_stream(data.device) if data.is_cuda else None
+    # NOTE: not the tokens' own carrier, which may be this one's: the entry would keep itself alive.
+    _carried[carrier.untyped_storage()] = _Carried(Fp8Tokens(data, tokens.scale_inv), stream)
+    return carrier
+
+
+def carried(carrier: torch.Tensor) -> Fp8Tokens | None:
+    """The tokens for which `carry` made this tensor, to be used on the current stream; None for any other tensor."""
+    entry = _carried.get(carrier.untyped_storage()) if carrier.stride() == (0, 0) else None
+    if entry is None or entry.tokens.shape != carrier.shape:
+        return None
+    tokens = entry.tokens
+    if entry.stream is not None:
+        stream = torch.cuda.current_stream(tokens.device)
+        if stream != entry.stream:
+            tokens.data.record_stream(stream)
+            tokens.scale_inv.record_stream(stream)
+    return tokens
+
+
+def take_carried_gradient(rows: torch.Tensor) -> None:
+    """Say of ``rows``, an autograd Function's output, that its backward understands a gradient made by `carry`."""
+    _takes_carried[rows.untyped_storage()] = rows.shape
+
+
+def takes_carried_gradient(rows: torch.Tensor) -> bool:
+    """Whether the gradient of ``rows`` may be a tensor made by `carry`."""
+    return _takes_carried.get(rows.untyped_storage()) == rows.shape
 
 
 def make_carrier(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> torch.Tensor:

@@ -13,7 +13,7 @@ from .autograd import Function
 from .backends.base import Part, Routing, RoutingSpec
 from .communicator import Communicator, find
 from .errors import InvalidInput
-from .fp8 import Fp8Tokens, make_carrier, quantize
+from .fp8 import Fp8Tokens, carry, make_carrier, quantize, takes_carried_gradient
 from .handle import DispatchHandle, DispatchOutput
 from .streams import Event, finish, named_range, side_stream
 from .validate import (
@@ -129,7 +129,8 @@ def combine(
         expert_rows: ``[N, H]``, row for row what the dispatch gave; contiguous. Padding rows are never read.
         handle: of that dispatch.
         bias: one or more ``[T, H]`` tensors of expert_rows' dtype, which the sums start from.
-        fp8_backward: "blockwise": the gradient travels as FP8.
+        fp8_backward: "blockwise": the gradient travels as FP8, and stays FP8 for experts that take it so
+            (`moe_ep.layers.GroupedExperts` with ``fp8``).
         num_sms: multiprocessors for this call's kernels and those of its backward; None: the communicator's.
 
     Returns: ``[T, H]`` in expert_rows' dtype; zeros (or the bias) for a token without experts. Sums are taken in
@@ -323,6 +324,7 @@ class _Combine(Function):
     def forward(ctx, rows, row_weights, handle, wire_fp8, num_sms, *biases):
         ctx.handle, ctx.num_sms = handle, num_sms
         ctx.wire_fp8 = wire_fp8
+        ctx.carries_grad = wire_fp8 is not None and takes_carried_gradient(rows)
         ctx.num_biases = len(biases)
         ctx.weights_dtype = row_weights.dtype if ctx.needs_input_grad[1] else None
         ctx.sums_dtype, ctx.hidden = rows.dtype, rows.shape[1]
@@ -342,7 +344,16 @@ class _Combine(Function):
         else:
             grad_weights = grad_weights.contiguous()
         with named_range("moe_ep.combine.backward"):
-            grads = _Dispatch.call(grad_y.contiguous(), grad_weights, ctx.handle, ctx.wire_fp8, ctx.num_sms)
+            if ctx.carries_grad:  # into FP8 matrix products: rows stay as they arrive
+                tokens = quantize(grad_y.contiguous())
+                data, scale_inv, grad_weights = _move_fp8(
+                    tokens.data, tokens.scale_inv, grad_weights, ctx.handle, ctx.num_sms
+                )
+                grads = carry(Fp8Tokens(data, scale_inv), ctx.sums_dtype), grad_weights
+            else:
+                grads = _Dispatch.call(
+                    grad_y.contiguous(), grad_weights, ctx.handle, ctx.wire_fp8, ctx.num_sms
+                )
         return *grads, None, None, None, *[grad_y] * ctx.num_biases
 
 
