@@ -9,6 +9,7 @@ from .config import ModelConfig
 from .experts import GroupedExperts
 from .feed_forward import FeedForward, SharedExperts
 from .initialise import initialise_weights
+from .micro_batch import MicroBatchSchedule
 from .model import DeepSeekModel, ModelOutput
 from .moe_layer import MoELayer
 from .mtp import MtpModule
@@ -29,11 +30,13 @@ from .router import Router, RouterOutput
 from .sizes import ParameterCounts
 from .token_dispatcher import TokenDispatcher
 from .transformer import TransformerBlock
+from .weight_gradients import WeightGradStore
 
 __all__ = [
     "DeepSeekModel",
     "FeedForward",
     "GroupedExperts",
+    "MicroBatchSchedule",
     "MoELayer",
     "ModelConfig",
     "ModelOutput",
@@ -48,6 +51,7 @@ __all__ = [
     "SharedExperts",
     "TokenDispatcher",
     "TransformerBlock",
+    "WeightGradStore",
     "build_model",
     "clip_grad_norm",
     "initialise_weights",

@@ -93,7 +93,7 @@ class DeepSeekModel(nn.Module):
             h_BSH, aux_loss = layer(h_BSH, rotary)
             if aux_loss is not None:
                 aux_losses.append(aux_loss)
-        logits_BSV = self.head(self.final_norm(h_BSH))
+        logits_BSV = self.predict(h_BSH, self.final_norm)
         if targets_BS is None:
             return ModelOutput(logits_BSV)
 
@@ -123,10 +123,16 @@ class DeepSeekModel(nn.Module):
                 embedded.append(self.embedding(targets_BS[:, k - 1 : last].clamp(min=0)))
         return embedded
 
+    def predict(self, h_BSH: torch.Tensor, norm: RMSNorm) -> torch.Tensor:
+        """Logits ``[B, S, V]`` from the last block's output, ``[B, S, H]``, or an MTP module's with its norm."""
+        # An MTP module may read the same h. As a view it gets the gradient of these logits in one piece, so that the
+        # sum of both does not depend on whether they come from one backward (`MicroBatchSchedule` has two).
+        return self.head(norm(h_BSH.view_as(h_BSH)))
+
     def mtp_loss(self, deeper: list[torch.Tensor], targets_BS: torch.Tensor) -> torch.Tensor:
         """Mean loss of the MTP modules, from what they return, ``[B, S - k, H]``."""
         losses = [
-            token_loss(self.head(module.final_norm(h_BSH)), targets_BS[:, k:])
+            token_loss(self.predict(h_BSH, module.final_norm), targets_BS[:, k:])
             for k, (module, h_BSH) in enumerate(zip(self.mtp, deeper, strict=True), start=1)
         ]
         return torch.stack(losses).mean()

@@ -59,9 +59,12 @@ class WeightGradStore:
         """Compute all that wait, on the current stream."""
         waiting, self._waiting = self._waiting, []
         waiting.reverse()
-        while waiting:  # each is forgotten, and its memory free, before the next
+        while waiting:  # each one's memory is free before the next
             weight, compute = waiting.pop()
-            torch.autograd.backward([weight], [compute()])
+            with torch.no_grad():
+                grad = compute()
+            torch.autograd.backward([weight], [grad])
+            del compute, grad
 
     def put(self, weight: nn.Parameter, compute: Compute) -> None:
         self._waiting.append((weight, compute))
