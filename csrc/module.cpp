@@ -17,6 +17,10 @@ namespace moe_ep::nvlink {
 void bind(py::module_& module);
 }
 
+namespace moe_ep::low_latency {
+void bind(py::module_& module);
+}
+
 PYBIND11_MODULE(_C, module) {
   module.doc() = "CUDA kernels of moe_ep. Calls launch on the current device and on the given stream.";
   module.attr("__version__") = MOE_EP_VERSION;
@@ -31,4 +35,6 @@ PYBIND11_MODULE(_C, module) {
   py::module_ nvlink =
       module.def_submodule("nvlink", "Dispatch and combine between GPUs that reach each other's memory.");
   moe_ep::nvlink::bind(nvlink);
+  py::module_ low_latency = module.def_submodule("low_latency", "The same for few tokens in fixed shapes.");
+  moe_ep::low_latency::bind(low_latency);
 }
