@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 import moe_ep
+from moe_ep.fp8 import carry, quantize, takes_carried_gradient
 from moe_ep.functional import combine_backward, dispatch_backward
 from moe_ep.streams import named_range
 
@@ -156,7 +157,7 @@ class BlockPass:
         num_sms = self._num_sms("dispatch", grad, fp8)
 
         def call():
-            grad_y = grad if fp8 is None else moe_ep.fp8.quantize(grad)
+            grad_y = grad if fp8 is None else quantize(grad)
             rows = combine_backward(grad_y, handle, num_sms=num_sms)
             return rows, [rows] if fp8 is None else [rows.data, rows.scale_inv]
 
@@ -177,7 +178,8 @@ class BlockPass:
         leaf, weights, rows = self._experts
         with named_range("experts.backward"):
             if isinstance(grad, moe_ep.Fp8Tokens):
-                grad = grad.dequantize(rows.dtype)
+                as_it_is = takes_carried_gradient(rows)
+                grad = carry(grad, rows.dtype) if as_it_is else grad.dequantize(rows.dtype)
             torch.autograd.backward([rows], [grad])
         self._grad_rows = leaf.grad.contiguous(), weights.grad.contiguous()
         self._experts = self._arriving = None

@@ -47,6 +47,8 @@ class ModelConfig:
     "blockwise"). ``overlap_chunks``: 0 moves and computes in turn; 1 runs the shared expert while tokens
     travel; n > 1 (2 to 4) also sends tokens through the experts in n chunks, one computed while others
     travel. Each chunk is a dispatch of its own, with ``max_recv_rows`` rows if that is given.
+    ``overlap_num_sms``: multiprocessors of communication beside computation (None: the communicator's
+    choice).
     """
 
     vocab_size: int = 256
@@ -89,6 +91,7 @@ class ModelConfig:
     fp8_backward: Literal["blockwise"] | None = None
     max_recv_rows: int | None = None
     overlap_chunks: int = 0
+    overlap_num_sms: int | None = None
 
     def __post_init__(self) -> None:
         self._check_ranges()
@@ -142,7 +145,7 @@ class ModelConfig:
                 name,
                 "an integer >= 0",
             )
-        for name in ("q_lora_rank", "max_recv_rows"):
+        for name in ("q_lora_rank", "max_recv_rows", "overlap_num_sms"):
             _require(
                 getattr(self, name) is None or getattr(self, name) >= 1, self, name, "None or an integer >= 1"
             )

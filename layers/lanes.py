@@ -13,6 +13,8 @@ import moe_ep
 from moe_ep.carveout import leave_free
 from moe_ep.streams import finish
 
+from .config import ModelConfig
+
 Result = TypeVar("Result")
 Mark = torch.cuda.Event | None
 """A place on the computing stream; None where there is one stream."""
@@ -34,32 +36,31 @@ class Transfer(Generic[Result]):
 class Lanes:
     """``overlap=False``, and a CPU: both lanes are the current stream, and calls run in the order they are made in.
 
-    ``num_sms``: multiprocessors of communication beside computation, which matrix products leave free; None: as many
-    as the communicator would choose.
+    Communication beside computation takes ``config.overlap_num_sms`` multiprocessors, which matrix products leave free
+    (None: as many as the communicator chooses).
     """
 
     def __init__(
         self,
         comm: moe_ep.Communicator,
         device: torch.device,
+        config: ModelConfig,
         *,
-        layout: str,
         overlap: bool = True,
-        num_sms: int | None = None,
     ) -> None:
-        self._comm, self._layout, self._num_sms = comm, layout, num_sms
+        self._comm, self._config = comm, config
         self._stream = comm.stream(device) if overlap and device.type == "cuda" else None
-        has_kernels = device.type == "cuda" and comm.available_sms is not None
-        self._left_free = num_sms or 0
-        if num_sms is None and has_kernels:
+        self._left_free = 0
+        # NCCL has no such number. With one stream the same is left free, so that the same kernels are chosen.
+        if device.type == "cuda" and (comm.available_sms is not None or config.overlap_num_sms is not None):
             wide = {"dtype": torch.bfloat16, "num_tokens": comm.max_tokens_per_rank}
             self._left_free = max(self.num_sms(op, **wide) for op in ("dispatch", "combine"))
 
     def num_sms(self, op: str, *, dtype: torch.dtype, num_tokens: int) -> int:
         """Of a call ("dispatch" or "combine") beside computation."""
-        if self._num_sms is not None:
-            return self._num_sms
-        size = {"layout": self._layout, "dtype": dtype, "num_tokens": num_tokens}
+        if self._config.overlap_num_sms is not None:
+            return self._config.overlap_num_sms
+        size = {"layout": self._config.layout, "dtype": dtype, "num_tokens": num_tokens}
         return self._comm.choose_num_sms(op, **size, overlapped=True)
 
     def mark(self) -> Mark:

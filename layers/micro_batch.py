@@ -41,21 +41,15 @@ class MicroBatchSchedule:
     Results are those of ``(model(tokens, targets).loss / n).backward()`` for each of the n micro-batches in turn, with
     every gradient added in the same order. Collective: all ranks have as many micro-batches; their sizes may differ.
 
-    ``overlap=False`` makes the same calls on one stream, as a CPU does anyway. ``num_sms``: multiprocessors that
-    communication takes beside computation, and that matrix products leave it (None: the communicator's choice). A
-    subclass may override `run_pair`.
+    ``overlap=False`` makes the same calls on one stream, as a CPU does anyway. Communication beside computation takes
+    ``model.config.overlap_num_sms`` multiprocessors, which matrix products leave it. A subclass may override
+    `run_pair`.
     """
 
-    def __init__(self, model: DeepSeekModel, *, overlap: bool = True, num_sms: int | None = None) -> None:
+    def __init__(self, model: DeepSeekModel, *, overlap: bool = True) -> None:
         self.model = model
         self.store = WeightGradStore()
-        self.lanes = Lanes(
-            model.comm,
-            model.head.weight.device,
-            layout=model.config.layout,
-            overlap=overlap,
-            num_sms=num_sms,
-        )
+        self.lanes = Lanes(model.comm, model.head.weight.device, model.config, overlap=overlap)
 
     def step(self, micro_batches: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> list[Losses]:
         """Adds the gradients of the mean of the micro-batches' losses to ``.grad``; returns the losses.

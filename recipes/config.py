@@ -19,7 +19,8 @@ class TrainConfig:
     """One run. `presets.py` has named ones; the command line overrides single fields.
 
     Batch: every optimiser step sees `batch` sequences of `seq_len` tokens, whatever the number of ranks; a rank works
-    through its share in `accumulate` micro-batches. Schedule: the rate rises linearly to `lr` over `warmup` steps, then
+    through its share in `accumulate` micro-batches, and with `micro_batch_overlap` in at least two, each one's
+    communication beside another's computation. Schedule: the rate rises linearly to `lr` over `warmup` steps, then
     falls as a cosine to `lr * min_lr_ratio` at `steps`.
     """
 
@@ -30,6 +31,7 @@ class TrainConfig:
     batch: int
     steps: int
     accumulate: int = 1
+    micro_batch_overlap: bool = False
     # AdamW
     lr: float = 1e-3
     min_lr_ratio: float = 0.1
@@ -102,14 +104,19 @@ class TrainConfig:
             )
         return self.ep
 
+    @property
+    def num_micro_batches(self) -> int:
+        """Of a rank in an optimiser step."""
+        return max(2, self.accumulate) if self.micro_batch_overlap else self.accumulate
+
     def micro_batch(self, world_size: int) -> int:
         """Sequences of one rank's micro-batch. Raises RecipeError where `batch` can't be shared evenly."""
-        shares = world_size * self.accumulate
+        shares = world_size * self.num_micro_batches
         if self.batch % shares:
             nearest = max(1, round(self.batch / shares)) * shares
             raise RecipeError(
-                f"--batch {self.batch} is not a multiple of ranks x accumulate = {world_size} x {self.accumulate}; "
-                f"the nearest that is: --batch {nearest}"
+                f"--batch {self.batch} is not a multiple of ranks x micro-batches = {world_size} x "
+                f"{self.num_micro_batches}; the nearest that is: --batch {nearest}"
             )
         return self.batch // shares
 

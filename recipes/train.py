@@ -14,6 +14,7 @@ import torch.distributed as dist
 from moe_ep import launch
 from moe_ep.layers import (
     DeepSeekModel,
+    MicroBatchSchedule,
     ParallelGroups,
     build_model,
     clip_grad_norm,
@@ -249,8 +250,9 @@ def _accumulate_gradients(
     device: torch.device,
 ) -> torch.Tensor:
     """Gradients of this rank's share of the batch of `step`; returns its mean next-token loss, float64 scalar."""
-    total = torch.zeros((), dtype=torch.float64, device=device)
-    for micro in range(config.accumulate):
+    count = config.num_micro_batches
+    batches = []
+    for micro in range(count):
         first = (micro * groups.world_size + groups.rank) * micro_batch
         windows = training_batch(
             corpus.train,
@@ -259,10 +261,18 @@ def _accumulate_gradients(
             step=step,
             indices=range(first, first + micro_batch),
         ).to(device)
-        out = model(windows[:, :-1], windows[:, 1:])
-        (out.loss / config.accumulate).backward()
-        total += out.main_loss.detach().double() / config.accumulate
-    return total
+        batches.append((windows[:, :-1], windows[:, 1:]))
+    if config.micro_batch_overlap:
+        losses = [each.main_loss for each in MicroBatchSchedule(model).step(batches)]
+    else:
+        losses = []
+        for batch in batches:
+            out = model(*batch)
+            (out.loss / count).backward()
+            losses.append(out.main_loss.detach())
+    return sum(
+        (loss.double() / count for loss in losses), torch.zeros((), dtype=torch.float64, device=device)
+    )
 
 
 def _update(
@@ -289,6 +299,7 @@ def _check_resumable(config: TrainConfig, corpus: Corpus, saved: dict) -> list[s
         "fp8_backward",
         "max_recv_rows",
         "overlap_chunks",
+        "overlap_num_sms",
     }
     for name, value in vars(before.model).items():
         now = getattr(config.model, name)

@@ -100,6 +100,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         help="choose torch kernels that repeat bit for bit on a GPU, slower (on a CPU they do anyway)",
     )
+    run.add_argument(
+        "--micro-batch-overlap",
+        action=argparse.BooleanOptionalAction,
+        help="the communication of each micro-batch (of at least two) beside another's computation",
+    )
     settings = parser.add_argument_group("settings")
     for name, text in _SETTINGS.items():
         settings.add_argument(
@@ -155,8 +160,9 @@ def _override(config: TrainConfig, args: argparse.Namespace) -> TrainConfig:
     if args.seq_len is not None:
         config = with_seq_len(config, args.seq_len)
     changes = {name: getattr(args, name) for name in _SETTINGS if getattr(args, name) is not None}
-    if args.deterministic is not None:
-        changes["deterministic"] = args.deterministic
+    for name in ("deterministic", "micro_batch_overlap"):
+        if getattr(args, name) is not None:
+            changes[name] = getattr(args, name)
     if args.data:
         # Absolute, so that a resumed run finds them from anywhere.
         changes["data"] = tuple(str(Path(path).resolve()) for path in args.data)

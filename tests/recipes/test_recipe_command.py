@@ -167,7 +167,7 @@ def test_the_folder_is_numbered_and_found_again(tmp_path, text, monkeypatch, cap
     ("arguments", "message"),
     [
         (["--nproc", "0"], "--nproc is 0"),
-        (["--nproc", "3"], "--batch 8 is not a multiple of ranks x accumulate = 3 x 1"),
+        (["--nproc", "3"], "--batch 8 is not a multiple of ranks x micro-batches = 3 x 1"),
         (["--nproc", "4", "--ep", "3"], "--ep 3 must divide the 4 ranks and the 8 experts"),
         (["--data", "nowhere.txt"], "nowhere.txt: no such file"),
         (["--resume", "nowhere"], "nowhere has no complete checkpoint"),
