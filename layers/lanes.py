@@ -50,18 +50,12 @@ class Lanes:
     ) -> None:
         self._comm, self._config = comm, config
         self._stream = comm.stream(device) if overlap and device.type == "cuda" else None
-        self._left_free = 0
-        # NCCL has no such number. With one stream the same is left free, so that the same kernels are chosen.
-        if device.type == "cuda" and (comm.available_sms is not None or config.overlap_num_sms is not None):
-            wide = {"dtype": torch.bfloat16, "num_tokens": comm.max_tokens_per_rank}
-            self._left_free = max(self.num_sms(op, **wide) for op in ("dispatch", "combine"))
+        # With one stream the same is left free, so that the same kernels are chosen.
+        self._left_free = free_sms(comm, device, config)
 
     def num_sms(self, op: str, *, dtype: torch.dtype, num_tokens: int) -> int:
         """Of a call ("dispatch" or "combine") beside computation."""
-        if self._config.overlap_num_sms is not None:
-            return self._config.overlap_num_sms
-        size = {"layout": self._config.layout, "dtype": dtype, "num_tokens": num_tokens}
-        return self._comm.choose_num_sms(op, **size, overlapped=True)
+        return _num_sms(self._comm, self._config, op, dtype, num_tokens)
 
     def mark(self) -> Mark:
         """What the current stream has been given so far."""
@@ -91,3 +85,22 @@ class Lanes:
         """Matrix products launched inside leave room for communication, if there ``really`` is any."""
         with leave_free(self._left_free if really else 0):
             yield
+
+
+def free_sms(comm: moe_ep.Communicator, device: torch.device, config: ModelConfig) -> int:
+    """How many multiprocessors matrix products should leave to communication beside them.
+
+    0 on a CPU, and with NCCL, of which nobody knows how many it takes, unless the config says so.
+    """
+    if device.type != "cuda" or (comm.available_sms is None and config.overlap_num_sms is None):
+        return 0
+    operations = ("dispatch", "combine")
+    return max(_num_sms(comm, config, op, torch.bfloat16, comm.max_tokens_per_rank) for op in operations)
+
+
+def _num_sms(
+    comm: moe_ep.Communicator, config: ModelConfig, op: str, dtype: torch.dtype, num_tokens: int
+) -> int:
+    if config.overlap_num_sms is not None:
+        return config.overlap_num_sms
+    return comm.choose_num_sms(op, layout=config.layout, dtype=dtype, num_tokens=num_tokens, overlapped=True)

@@ -47,8 +47,7 @@ class MicroBatchSchedule:
     """
 
     def __init__(self, model: DeepSeekModel, *, overlap: bool = True) -> None:
-        self.model = model
-        self.store = WeightGradStore()
+        self.model, self.store = model, WeightGradStore()
         self.lanes = Lanes(model.comm, model.head.weight.device, model.config, overlap=overlap)
 
     def step(self, micro_batches: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> list[Losses]:
@@ -56,26 +55,30 @@ class MicroBatchSchedule:
 
         ``micro_batches``: tokens and targets of each, ``[B, S]``, as the model takes them. Raises InvalidInput.
         """
-        for tokens, targets in micro_batches:
-            self.model.check(tokens, targets)
-        passes = [_ModelPass(self, *each, share=len(micro_batches)) for each in micro_batches]
+        passes = [self.make_pass(*each, share=len(micro_batches)) for each in micro_batches]
         for forward, backward in zip([*passes, None], [None, *passes], strict=True):
-            if forward is not None:
-                forward.begin()
-            if backward is not None:
-                backward.begin_backward()
-            pairs = zip(
-                forward.blocks if forward is not None else [None] * len(backward.blocks),
-                reversed(backward.blocks) if backward is not None else [None] * len(forward.blocks),
-                strict=True,
-            )
-            for pair in pairs:
-                self.run_pair(*pair)
-            if backward is not None:
-                backward.end_backward()
-            if forward is not None:
-                forward.end()
+            self.run(forward, backward)
         return [each.losses for each in passes]
+
+    def make_pass(self, tokens: torch.Tensor, targets: torch.Tensor, *, share: int) -> ModelPass:
+        """A micro-batch that has yet to be run; its loss counts for 1 / ``share``. Raises InvalidInput."""
+        self.model.check(tokens, targets)
+        return ModelPass(self, tokens, targets, share)
+
+    def run(self, forward: ModelPass | None, backward: ModelPass | None) -> None:
+        """One micro-batch through the whole model forward, and beside it another backward; either may be missing."""
+        if forward is not None:
+            forward.begin()
+        if backward is not None:
+            backward.begin_backward()
+        down = forward.blocks if forward is not None else [None] * len(backward.blocks)
+        up = backward.blocks[::-1] if backward is not None else [None] * len(forward.blocks)
+        for pair in zip(down, up, strict=True):
+            self.run_pair(*pair)
+        if backward is not None:
+            backward.end_backward()
+        if forward is not None:
+            forward.end()
 
     def run_pair(self, forward: BlockPass | None, backward: BlockPass | None) -> None:
         """A block of one micro-batch forward, and beside it one of another backward; either may be missing. ::
@@ -120,8 +123,11 @@ class MicroBatchSchedule:
                 self.store.run()
 
 
-class _ModelPass:
-    """One micro-batch's way through the model: its ends, and how its blocks are linked."""
+class ModelPass:
+    """One micro-batch's way through the model: its ends, and how its blocks are linked.
+
+    ``blocks``: in the order of the forward, MTP modules' last. ``losses``: there after the forward.
+    """
 
     def __init__(
         self, schedule: MicroBatchSchedule, tokens_BS: torch.Tensor, targets_BS: torch.Tensor, share: int

@@ -8,21 +8,26 @@ the shared expert up to its activation and its last product. Three chunks::
 
 One chunk is the case in which only the shared expert runs beside communication.
 
-The backward needs no code. Autograd runs a node on the stream of its forward, lets it wait for its own gradients only,
-and among the nodes that could run takes the one made last. Each of them can, when its turn comes, so the backward is
-the forward's sequence of calls from its end: a pipeline, too.
+Matrix products leave communication the multiprocessors that it takes. Otherwise the backward needs no code. Autograd
+runs a node on the stream of its forward, lets it wait for its own gradients only, and among the nodes that could run
+takes the one made last. Each of them can, when its turn comes, so the backward is the forward's sequence of calls from
+its end: a pipeline, too.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import torch
 
 import moe_ep
+from moe_ep.carveout import leave_free_in_both_directions
 from moe_ep.errors import InvalidInput
+from moe_ep.streams import named_range
 
 from .feed_forward import SharedExperts
+from .lanes import free_sms
 from .token_dispatcher import TokenDispatcher
 
 
@@ -45,6 +50,8 @@ def run_overlapped(
             f"overlap_chunks is {num_chunks}; it must be 0 for no overlap, or a number of chunks"
         )
     chunks = _split(num_chunks, x_TH, topk_idx_TK, topk_weights_TK)
+    num_sms = dispatcher.config.overlap_num_sms
+    left_free = free_sms(dispatcher.comm, x_TH.device, dispatcher.config)
     stream = None
     if x_TH.is_cuda:
         stream = dispatcher.comm.stream(x_TH.device)
@@ -54,22 +61,37 @@ def run_overlapped(
         # An asynchronous call waits for what the current stream has been given. Called from its own stream it waits
         # for nothing but the tokens, not for the experts that should run beside it.
         with torch.cuda.stream(stream):
-            return dispatcher.dispatch_async(*chunk)
+            return dispatcher.dispatch_async(*chunk, num_sms=num_sms)
+
+    def compute(out: moe_ep.DispatchOutput) -> torch.Tensor:
+        tokens = out.tokens
+        if isinstance(tokens, torch.Tensor):
+            rows, as_tokens = tokens, lambda rows: rows
+        else:  # gradients go through the carrier
+            rows, as_tokens = tokens.carrier, lambda carrier: dataclasses.replace(tokens, carrier=carrier)
+        with named_range("experts"):
+            return leave_free_in_both_directions(
+                lambda rows: run_experts(dataclasses.replace(out, tokens=as_tokens(rows))), rows, left_free
+            )
 
     combined = []
     # NOTE: communication is launched first wherever there is a choice. A matrix product may take all multiprocessors
     # until it ends, and then keeps out what comes later, whatever the streams' priorities.
     arriving = dispatch(chunks[0])
     if shared is not None:
-        activation_TF = shared.activate(x_TH)
+        with named_range("shared expert"):
+            activation_TF = leave_free_in_both_directions(shared.activate, x_TH, left_free)
     for following in [*chunks[1:], None]:
         out, arrived = arriving
         arrived.wait()
-        rows_NH = run_experts(out)
+        rows_NH = compute(out)
         if following is not None:
             arriving = dispatch(following)
-        combined.append(dispatcher.combine_async(rows_NH, out.handle))
-    shared_TH = None if shared is None else shared.down(activation_TF)
+        combined.append(dispatcher.combine_async(rows_NH, out.handle, num_sms=num_sms))
+    shared_TH = None
+    if shared is not None:
+        with named_range("shared expert"):
+            shared_TH = leave_free_in_both_directions(shared.down, activation_TF, left_free)
 
     for _, returned in combined:
         returned.wait()

@@ -3,13 +3,13 @@
 Matrix products for Hopper are persistent: they put a block on every SM and keep it to the end. What is launched
 meanwhile waits, whatever its stream's priority. torch has one setting for it, of the whole process and read at each
 launch, which its grouped matmul and cuBLASLt honour (`torch._C._set_sm_carveout_experimental`); this module is the only
-place that sets it.
+place that sets it. Another number of SMs can mean another kernel, and so other rounding.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -19,34 +19,84 @@ from .errors import InvalidInput
 MOST_SMS = 64
 """More would be a mistake: communication is bound by its link long before."""
 
+
+class Carveout:
+    """A wish for ``num_sms`` free SMs (0 to 64), from `open` to `close`; both may be called twice, by any thread.
+
+    Of those open at a time the largest counts; when the last is closed, torch's setting is again what it was. Only
+    launches matter: what was launched meanwhile may run later. Raises InvalidInput.
+    """
+
+    def __init__(self, num_sms: int) -> None:
+        if not 0 <= num_sms <= MOST_SMS:
+            raise InvalidInput(f"num_sms is {num_sms}; matrix products can leave 0 to {MOST_SMS} SMs free")
+        self.num_sms = num_sms
+        self._is_open = False
+
+    def open(self) -> None:
+        with _lock:
+            if self._is_open or self.num_sms == 0:
+                return
+            self._is_open = True
+            if not _open:
+                _before.append(torch._C._get_sm_carveout_experimental())
+            _open.append(self.num_sms)
+            torch._C._set_sm_carveout_experimental(max(_open))
+
+    def close(self) -> None:
+        with _lock:
+            if not self._is_open:
+                return
+            self._is_open = False
+            _open.remove(self.num_sms)
+            torch._C._set_sm_carveout_experimental(max(_open) if _open else _before.pop())
+
+
 _lock = threading.Lock()
-_wanted: list[int] = []
+_open: list[int] = []
 _before: list[int | None] = []
 
 
 @contextmanager
 def leave_free(num_sms: int) -> Iterator[None]:
-    """Matrix products launched inside leave ``num_sms`` SMs (0 to 64) of their GPU free; 0 changes nothing.
-
-    Where several are open, in one thread or in several, the largest counts; when the last one ends, torch's setting is
-    again what it was. Only launches matter: what has been launched inside may run later. Another number of SMs
-    can mean another kernel, and so other rounding.
-
-    Raises InvalidInput.
-    """
-    if not 0 <= num_sms <= MOST_SMS:
-        raise InvalidInput(f"num_sms is {num_sms}; matrix products can leave 0 to {MOST_SMS} SMs free")
-    if num_sms == 0 or not torch.cuda.is_available():
-        yield
-        return
-    with _lock:
-        if not _wanted:
-            _before.append(torch._C._get_sm_carveout_experimental())
-        _wanted.append(num_sms)
-        torch._C._set_sm_carveout_experimental(max(_wanted))
+    """A `Carveout` for what is launched inside."""
+    carveout = Carveout(num_sms)
+    carveout.open()
     try:
         yield
     finally:
-        with _lock:
-            _wanted.remove(num_sms)
-            torch._C._set_sm_carveout_experimental(max(_wanted) if _wanted else _before.pop())
+        carveout.close()
+
+
+def leave_free_in_both_directions(
+    function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, num_sms: int
+) -> torch.Tensor:
+    """``function(x)`` with a `Carveout` for its launches in the forward and, by autograd, in the backward."""
+    if num_sms == 0 or not x.is_cuda:
+        return function(x)
+    carveout = Carveout(num_sms)
+
+    def open_in_backward() -> None:
+        carveout.open()
+        # A backward that needs no gradient of x never gets to the other end.
+        torch.autograd.Variable._execution_engine.queue_callback(carveout.close)
+
+    if torch.is_grad_enabled() and x.requires_grad:
+        x = _InBackward.apply(x, carveout.close)
+    with leave_free(num_sms):
+        y = function(x)
+    return _InBackward.apply(y, open_in_backward) if y.requires_grad else y
+
+
+class _InBackward(torch.autograd.Function):
+    """Does nothing to a tensor, and calls a function when its gradient comes by."""
+
+    @staticmethod
+    def forward(ctx, x, call):
+        ctx.call = call
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        ctx.call()
+        return grad, None
