@@ -69,9 +69,10 @@ def run_overlapped(
             rows, as_tokens = tokens, lambda rows: rows
         else:  # gradients go through the carrier
             rows, as_tokens = tokens.carrier, lambda carrier: dataclasses.replace(tokens, carrier=carrier)
+        beside = left_free if num_chunks > 1 else 0  # one chunk's experts have no communication beside them
         with named_range("experts"):
             return leave_free_in_both_directions(
-                lambda rows: run_experts(dataclasses.replace(out, tokens=as_tokens(rows))), rows, left_free
+                lambda rows: run_experts(dataclasses.replace(out, tokens=as_tokens(rows))), rows, beside
             )
 
     combined = []
