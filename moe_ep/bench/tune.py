@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 
 from ..tuning import Choice
+from .computation import Computation
 from .jobs import Jobs
 from .measure import Operation, Stopwatch, gather, median_us
-from .overlap import Computation
 from .results import Case
 from .workload import FP8
 
