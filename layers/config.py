@@ -42,6 +42,9 @@ class ModelConfig:
 
     Multi-Token Prediction: ``mtp_layers`` extra modules whose mean loss is weighted by ``mtp_loss_weight``.
 
+    ``fp8_experts`` (None or "blockwise"): the routed experts multiply in FP8, as in `GroupedExperts`;
+    ``keep_fp8_weights`` for them.
+
     Moving tokens, as in ``moe_ep.dispatch``: ``layout``, ``expert_alignment``, ``fp8`` (None or "blockwise"),
     ``max_recv_rows`` (None: exact sizes); and as in ``moe_ep.combine``, ``fp8_backward`` (None or
     "blockwise"). ``overlap_chunks``: 0 moves and computes in turn; 1 runs the shared expert while tokens
@@ -89,6 +92,8 @@ class ModelConfig:
     expert_alignment: int = 1
     fp8: Literal["blockwise"] | None = None
     fp8_backward: Literal["blockwise"] | None = None
+    fp8_experts: Literal["blockwise"] | None = None
+    keep_fp8_weights: bool = False
     max_recv_rows: int | None = None
     overlap_chunks: int = 0
     overlap_num_sms: int | None = None
@@ -208,8 +213,27 @@ class ModelConfig:
 
     def _check_dispatch(self) -> None:
         _require(self.layout in ("expert", "rank"), self, "layout", "'expert' or 'rank'")
-        for name in ("fp8", "fp8_backward"):
+        for name in ("fp8", "fp8_backward", "fp8_experts"):
             _require(getattr(self, name) in (None, "blockwise"), self, name, "None or 'blockwise'")
+        if self.fp8_experts is not None:
+            _require(
+                self.layout == "expert",
+                self,
+                "layout",
+                "'expert' with fp8_experts, which take tokens as they arrive",
+            )
+            _require(
+                self.expert_alignment % 16 == 0,
+                self,
+                "expert_alignment",
+                "a multiple of 16 with fp8_experts, whose products take rows by 16",
+            )
+            _require(
+                self.max_recv_rows is None or self.max_recv_rows % 16 == 0,
+                self,
+                "max_recv_rows",
+                "None or a multiple of 16 with fp8_experts",
+            )
         if self.layout == "rank":
             _require(
                 self.expert_alignment == 1,

@@ -9,7 +9,8 @@ from torch.autograd.function import once_differentiable
 
 from moe_ep.streams import named_range
 
-from .weight_gradients import Compute, later
+from .row_groups import RowGroups
+from .weight_gradients import Compute, Later, later
 
 
 def grouped_matmul(
@@ -29,15 +30,17 @@ def grouped_matmul(
     A `WeightGradStore` may keep the weight's gradient for later. CUDA bfloat16 runs torch's grouped matmul if
     ``I`` and ``O`` are multiples of 8 (it wants 16-byte strides); all else a loop of plain products.
     """
+    return matmul_by_expert(rows_NI, weight_LOI, RowGroups(tokens_per_expert, splits, rows_NI.shape[0]))
+
+
+def matmul_by_expert(rows_NI: torch.Tensor, weight_LOI: torch.Tensor, groups: RowGroups) -> torch.Tensor:
+    """`grouped_matmul`, for several products of the same rows' experts."""
     put = later(rows_NI, weight_LOI)
     if put is not None:
         weight_LOI = weight_LOI.detach()
     if uses_grouped_mm(rows_NI, weight_LOI):
-        ends = tokens_per_expert.cumsum(0).clamp(max=rows_NI.shape[0]).to(torch.int32)
-        return _GroupedMatmul.apply(rows_NI.contiguous(), weight_LOI, ends, put)
-    if splits is None:
-        splits = tokens_per_expert.tolist()
-    return _LoopedMatmul.apply(rows_NI, weight_LOI, tuple(_segments(splits, rows_NI.shape[0])), put)
+        return _GroupedMatmul.apply(rows_NI.contiguous(), weight_LOI, groups.ends, put)
+    return _LoopedMatmul.apply(rows_NI, weight_LOI, groups.segments, put)
 
 
 def uses_grouped_mm(rows_NI: torch.Tensor, weight_LOI: torch.Tensor) -> bool:
@@ -50,16 +53,6 @@ def uses_grouped_mm(rows_NI: torch.Tensor, weight_LOI: torch.Tensor) -> bool:
         and out_features % 8 == in_features % 8 == 0
         and torch.cuda.get_device_capability(rows_NI.device) >= (8, 0)
     )
-
-
-def _segments(splits: Sequence[int], num_rows: int) -> list[tuple[int, int]]:
-    """Start and end row of each expert, cut off at ``num_rows``."""
-    bounds, start = [], 0
-    for size in splits:
-        end = min(start + size, num_rows)
-        bounds.append((start, end))
-        start = end
-    return bounds
 
 
 class _GroupedMatmul(torch.autograd.Function):
@@ -85,7 +78,8 @@ class _GroupedMatmul(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             with named_range("moe_ep.experts.matmul.dgrad"):
                 grad_rows = torch.nn.functional.grouped_mm(grad_NO, weight_LOI, offs=ends)
-        return grad_rows, _now_or_later(ctx, weight_gradient), None, None
+        wanted = ctx.needs_input_grad[1]
+        return grad_rows, now_or_later(weight_gradient, ctx.put, wanted), None, None
 
 
 class _LoopedMatmul(torch.autograd.Function):
@@ -121,12 +115,13 @@ class _LoopedMatmul(torch.autograd.Function):
                 for expert, (start, end) in enumerate(segments):
                     if end > start:
                         torch.mm(grad_NO[start:end], weight_LOI[expert], out=grad_rows[start:end])
-        return grad_rows, _now_or_later(ctx, weight_gradient), None, None
+        wanted = ctx.needs_input_grad[1]
+        return grad_rows, now_or_later(weight_gradient, ctx.put, wanted), None, None
 
 
-def _now_or_later(ctx, weight_gradient: Compute) -> torch.Tensor | None:
+def now_or_later(weight_gradient: Compute, put: Later | None, wanted: bool) -> torch.Tensor | None:
     """The weight's gradient, if autograd is to have it."""
-    if ctx.put is not None:
-        ctx.put(weight_gradient)
+    if put is not None:
+        put(weight_gradient)
         return None
-    return weight_gradient() if ctx.needs_input_grad[1] else None
+    return weight_gradient() if wanted else None

@@ -48,6 +48,8 @@ class MoELayer(nn.Module):
             config.moe_ffn_hidden,
             first_expert=comm.rank * comm.num_local_experts,
             init_std=config.init_std,
+            fp8=config.fp8_experts,
+            keep_fp8_weights=config.keep_fp8_weights,
             **factory,
         )
         self.shared = (

@@ -149,17 +149,25 @@ def quantize_torch(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The formulas of this module's docstring in plain torch: ``x [M, H]`` -> ``(data, scale_inv)``."""
     num_rows, hidden = x.shape
     blocks = -(-hidden // BLOCK)
-    tiles = F.pad(x.float(), (0, blocks * BLOCK - hidden)).view(num_rows, blocks, BLOCK)
+    tiles = F.pad(x, (0, blocks * BLOCK - hidden)).view(num_rows, blocks, BLOCK)
+    data, scale_inv = quantize_tiles_torch(tiles)
+    return data.view(num_rows, blocks * BLOCK)[:, :hidden].contiguous(), scale_inv
 
+
+def quantize_tiles_torch(tiles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same for blocks of any size: ``tiles [..., n]``, each with one scale -> ``data [..., n]``, ``scale_inv
+    [...]``.
+    """
+    largest = torch.finfo(tiles.dtype).max
+    tiles = tiles.float()
     magnitude = tiles.abs()
     amax = torch.where(magnitude.isnan(), 0.0, magnitude).amax(dim=-1)
-    scale = _scale_from_amax(amax, largest=torch.finfo(x.dtype).max)
+    scale = _scale_from_amax(amax, largest)
 
     scaled = tiles * scale.unsqueeze(-1)
     # NOTE: torch's own cast neither saturates nor drops the sign of a NaN, CUDA's does both.
     data = scaled.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).view(torch.uint8)
     data = data.masked_fill(scaled.isnan(), E4M3_NAN).view(torch.float8_e4m3fn)
-    data = data.view(num_rows, blocks * BLOCK)[:, :hidden].contiguous()
     return data, torch.ones_like(scale) / scale
 
 

@@ -1,0 +1,182 @@
+"""Routed experts in FP8, forward and backward: quantised tokens in, quantised numbers between the products.
+
+    x [N, H] ──> gate and up ──> SwiGLU times router weight ──> down ──> y [N, H]
+    FP8 rows     FP8 product     bfloat16 in, FP8 rows out      FP8 product, bfloat16 out
+
+Backward likewise: the gradient of y comes as FP8 rows from where it travelled, is multiplied as it is, and the
+gradient of the activation is quantised where it is made. Weight gradients are products of columns, which are made of
+rows when they are needed; what is kept from forward to backward is x and gate and up.
+
+Quantisation is straight-through in both directions (see docs/fp8.md).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from moe_ep import Fp8Tokens, fp8
+from moe_ep.streams import named_range
+
+from .fp8_matmul import columns_by_columns, rows_by_weights
+from .fp8_quantize import (
+    Fp8Weight,
+    quantize_swiglu,
+    quantize_swiglu_gradient,
+    quantize_weight,
+    requantize_columns,
+)
+from .grouped_matmul import now_or_later
+from .row_groups import RowGroups
+from .weight_gradients import later
+
+
+class QuantizedWeight:
+    """A weight ``[L, O, I]`` in FP8, made when it is asked for.
+
+    ``keep``: until the weight changes, which its version tells (changes through ``.data`` don't raise that: call
+    `forget` then); FP8 copies for forward and backward take as much memory as the weight in bfloat16. Otherwise they
+    are made for every product and dropped after it.
+    """
+
+    def __init__(self, keep: bool) -> None:
+        self.keep = keep
+        self._key: tuple[int, int] | None = None
+        self._kept: tuple[Fp8Weight | None, Fp8Weight | None] = (None, None)
+
+    def for_forward(self, weight_LOI: torch.Tensor, *, trained: bool) -> Fp8Weight:
+        """``[L, O, I]``; ``trained``: a backward will follow."""
+        return self._get(weight_LOI, 0, trained)
+
+    def for_backward(self, weight_LOI: torch.Tensor) -> Fp8Weight:
+        """``[L, I, O]``"""
+        return self._get(weight_LOI, 1, True)
+
+    def forget(self) -> None:
+        self._key, self._kept = None, (None, None)
+
+    def _get(self, weight_LOI: torch.Tensor, which: int, both: bool) -> Fp8Weight:
+        with torch.no_grad(), named_range("moe_ep.experts.quantize_weight"):
+            if not self.keep:
+                return quantize_weight(weight_LOI.contiguous(), rows=which == 0, transposed=which == 1)[which]
+            key = weight_LOI.data_ptr(), weight_LOI._version
+            if key != self._key or self._kept[which] is None:
+                self.forget()  # memory first
+                self._kept = quantize_weight(weight_LOI.contiguous(), transposed=both)
+                self._key = key
+            return self._kept[which]
+
+
+@dataclass
+class Fp8Weights:
+    """Both weights of a set of experts."""
+
+    keep: bool
+    gate_up: QuantizedWeight = field(init=False)
+    down: QuantizedWeight = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.gate_up, self.down = QuantizedWeight(self.keep), QuantizedWeight(self.keep)
+
+    def forget(self) -> None:
+        self.gate_up.forget()
+        self.down.forget()
+
+
+def fp8_experts(
+    tokens: Fp8Tokens,
+    weights_N: torch.Tensor | None,
+    w_gate_up: torch.Tensor,
+    w_down: torch.Tensor,
+    groups: RowGroups,
+    quantized: Fp8Weights,
+) -> torch.Tensor:
+    """``w_down[e] (silu(gate) * up * router_weight)``, ``[gate; up] = w_gate_up[e] x``: ``[N, H]`` in w_down's dtype.
+
+    tokens: Fp8Tokens ``[N, H]``; weights: float32 ``[N]`` or None; w_gate_up ``[L, 2F, H]``, w_down ``[L, H, F]``.
+    """
+    gate_up_NG = fp8_matmul(tokens, w_gate_up, groups, quantized.gate_up)
+    return fp8_matmul(fp8_swiglu(gate_up_NG, weights_N), w_down, groups, quantized.down)
+
+
+def fp8_matmul(
+    tokens: Fp8Tokens, weight_LOI: torch.Tensor, groups: RowGroups, quantized: QuantizedWeight
+) -> torch.Tensor:
+    """``out[rows of e] = rows of e @ weight[e].T`` in weight's dtype: ``[N, O]``; differentiable.
+
+    Backward takes a gradient in any form: FP8 rows for which a tensor of `moe_ep.fp8.carry` stands, or numbers, which
+    it quantises. A `WeightGradStore` may keep the weight's gradient for later.
+    """
+    carrier = tokens.carrier
+    put = None if carrier is None else later(carrier, weight_LOI)
+    if put is not None:
+        weight_LOI = weight_LOI.detach()
+    out_NO = _Matmul.apply(carrier, tokens.data, tokens.scale_inv, weight_LOI, groups, quantized, put)
+    fp8.take_carried_gradient(out_NO)
+    return out_NO
+
+
+def fp8_swiglu(gate_up_NG: torch.Tensor, weights_N: torch.Tensor | None) -> Fp8Tokens:
+    """``silu(gate) * up * weight`` of ``gate_up [N, 2F]``, quantised: Fp8Tokens ``[N, F]``; differentiable."""
+    quantized_gradient = fp8.takes_carried_gradient(gate_up_NG)
+    return Fp8Tokens(*_Swiglu.apply(gate_up_NG, weights_N, quantized_gradient))
+
+
+class _Matmul(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, carrier, data, scale_inv, weight_LOI, groups, quantized, put):
+        ctx.save_for_backward(data, scale_inv, weight_LOI)
+        ctx.groups, ctx.quantized, ctx.put = groups, quantized, put
+        ctx.rows_dtype = weight_LOI.dtype if carrier is None else carrier.dtype
+        weight = quantized.for_forward(weight_LOI, trained=ctx.needs_input_grad[0])
+        with named_range("moe_ep.experts.matmul"):
+            return rows_by_weights(Fp8Tokens(data, scale_inv), weight, groups, weight_LOI.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_NO):
+        data, scale_inv, weight_LOI = ctx.saved_tensors
+        groups, quantized, dtype = ctx.groups, ctx.quantized, weight_LOI.dtype
+        grad = fp8.carried(grad_NO) or fp8.quantize(grad_NO.contiguous())
+
+        def weight_gradient() -> torch.Tensor:
+            with named_range("moe_ep.experts.requantize_columns"):
+                grad_columns = requantize_columns(grad, groups)
+                columns = requantize_columns(Fp8Tokens(data, scale_inv), groups)
+            with named_range("moe_ep.experts.matmul.wgrad"):
+                return columns_by_columns(grad_columns, columns, groups, dtype)
+
+        # Unless it is put off, before the other gradient, which takes more memory and stays.
+        grad_weight = now_or_later(weight_gradient, ctx.put, ctx.needs_input_grad[3])
+        grad_rows = None
+        if ctx.needs_input_grad[0]:
+            weight = quantized.for_backward(weight_LOI)
+            with named_range("moe_ep.experts.matmul.dgrad"):
+                grad_rows = rows_by_weights(grad, weight, groups, ctx.rows_dtype)
+        return grad_rows, None, None, grad_weight, None, None, None
+
+
+class _Swiglu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gate_up_NG, weights_N, quantized_gradient):
+        ctx.save_for_backward(gate_up_NG, weights_N)
+        ctx.quantized_gradient = quantized_gradient
+        with named_range("moe_ep.experts.swiglu"):
+            tokens = quantize_swiglu(gate_up_NG, weights_N)
+        ctx.mark_non_differentiable(tokens.data, tokens.scale_inv)
+        carrier = fp8.make_carrier(tokens.shape, gate_up_NG.dtype, tokens.device)
+        return tokens.data, tokens.scale_inv, carrier
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, _grad_data, _grad_scale_inv, grad_NF):
+        gate_up_NG, weights_N = ctx.saved_tensors
+        with named_range("moe_ep.experts.swiglu.backward"):
+            grad, grad_weights_N = quantize_swiglu_gradient(gate_up_NG, weights_N, grad_NF.contiguous())
+            if ctx.quantized_gradient:
+                grad_NG = fp8.carry(grad, gate_up_NG.dtype)
+            else:
+                grad_NG = grad.dequantize(gate_up_NG.dtype)
+        return grad_NG, grad_weights_N, None

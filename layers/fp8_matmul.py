@@ -1,0 +1,85 @@
+"""The products of FP8 experts: operands that are quantised already, sums in float32, results in the layer's dtype.
+
+On a Hopper GPU with Transformer Engine these run on its FP8 matrix units. Elsewhere the operands are dequantised, which
+for powers of two as scales is exact in bfloat16 and float32, and multiplied by torch: the same mathematics.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+from moe_ep import Fp8Tokens
+from moe_ep.fp8 import BLOCK
+
+from . import transformer_engine
+from .fp8_quantize import Fp8Columns, Fp8Weight, transpose_scales
+from .grouped_matmul import matmul_by_expert
+from .row_groups import RowGroups
+
+_log = logging.getLogger("moe_ep")
+_said: set[str] = set()
+
+
+def rows_by_weights(
+    rows: Fp8Tokens, weight: Fp8Weight, groups: RowGroups, dtype: torch.dtype
+) -> torch.Tensor:
+    """``out[rows of e] = rows of e @ weight[e].T``: Fp8Tokens ``[N, I]``, weight ``[L, O, I]`` -> ``[N, O]``."""
+    if _runs_on_transformer_engine(rows.device, dtype, groups, *weight.data.shape[1:]):
+        scales = transpose_scales(rows.scale_inv, groups)
+        operands = rows.data, scales, weight.data, weight.scale_inv
+        return transformer_engine.rows_by_weights(*operands, groups.splits, dtype)
+    with torch.no_grad():
+        wide = Fp8Tokens(rows.data, rows.scale_inv).dequantize(dtype)
+        return matmul_by_expert(wide, weight.dequantize(dtype), groups)
+
+
+def columns_by_columns(
+    grad: Fp8Columns, rows: Fp8Columns, groups: RowGroups, dtype: torch.dtype
+) -> torch.Tensor:
+    """``out[e] = grad of e.T @ rows of e``: columns of ``[N, O]`` and ``[N, I]`` -> ``[L, O, I]``."""
+    out_features, in_features = grad.scale_inv.shape[1], rows.scale_inv.shape[1]
+    grads, inputs = _by_expert(grad, groups), _by_expert(rows, groups)
+    if _runs_on_transformer_engine(grad.data.device, dtype, groups, out_features, in_features):
+        return transformer_engine.columns_by_columns(grads, inputs, groups.splits, dtype)
+    out_LOI = grad.scale_inv.new_zeros(len(grads), out_features, in_features, dtype=dtype)
+    for e, (left, right) in enumerate(zip(grads, inputs, strict=True)):
+        if left[0].shape[1]:
+            torch.mm(_wide(*left, dtype), _wide(*right, dtype).t(), out=out_LOI[e])
+    return out_LOI
+
+
+def _by_expert(columns: Fp8Columns, groups: RowGroups) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    parts, block = [], 0
+    for start, end in groups.segments:
+        parts.append(columns.of_expert((start, end), block))
+        block += -(-(end - start) // BLOCK)
+    return parts
+
+
+def _wide(data_CM: torch.Tensor, scale_inv_BC: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    scales_CM = scale_inv_BC.t().repeat_interleave(BLOCK, 1)[:, : data_CM.shape[1]]
+    return (data_CM.float() * scales_CM).to(dtype)
+
+
+def _runs_on_transformer_engine(
+    device: torch.device, dtype: torch.dtype, groups: RowGroups, *features: int
+) -> bool:
+    if device.type != "cuda" or groups.num_rows == 0:
+        return False
+    reason = None
+    if not transformer_engine.can_run(device):
+        reason = transformer_engine.why_missing() or "FP8 in blocks needs a Hopper GPU"
+    elif dtype not in (torch.bfloat16, torch.float32):
+        reason = f"Transformer Engine's FP8 products give bfloat16 or float32, not {dtype}"
+    elif any(size % BLOCK for size in features):
+        reason = (
+            f"Transformer Engine's FP8 products need widths that are multiples of {BLOCK}, not {features}"
+        )
+    elif any(size % transformer_engine.ROW_ALIGNMENT for size in groups.splits):
+        reason = "the experts' rows are no multiples of 16: dispatch with expert_alignment=16"
+    if reason is not None and reason not in _said:
+        _said.add(reason)
+        _log.warning("FP8 experts multiply dequantised numbers: %s", reason)
+    return reason is None

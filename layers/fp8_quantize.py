@@ -1,0 +1,208 @@
+"""What FP8 experts quantise: rows, columns of each expert's rows, and weights.
+
+Numbers and scales are those of `moe_ep.fp8`; a block is
+
+- 1x128 for rows (tokens and their gradients): `Fp8Tokens`
+- 128x1 for columns, within the rows of one expert, its last block shorter: `Fp8Columns`
+- 128x128 for weights: `Fp8Weight`
+
+Columns come from rows that are quantised already: ``columns = quantise(dequantise(rows))``. Scales are powers of two,
+so nearly all values survive that unchanged (99.5 % where rows differ by orders of magnitude), and the tokens that
+arrived are all that has to be kept for the backward pass.
+
+`csrc/fp8` and `csrc/swiglu` do this on a GPU, with the bits of the functions ending in ``_torch``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+import torch.nn.functional as F
+
+from moe_ep import Fp8Tokens, _extension, fp8
+from moe_ep.fp8 import BLOCK
+
+from . import swiglu
+from .row_groups import RowGroups
+
+COLUMN_ALIGNMENT = 16
+"""Rows of every expert are a multiple of this, for the kernels and for cuBLASLt."""
+
+
+@dataclass(frozen=True)
+class Fp8Columns:
+    """Columns of each expert's rows, in blocks of 128 rows.
+
+    - ``data``: float8_e4m3fn ``[N * C]``: for each expert a matrix ``[C, rows of the expert]``, one after the other
+    - ``scale_inv``: float32 ``[B, C]``: for each expert ``ceil(rows / 128)`` rows
+    """
+
+    data: torch.Tensor
+    scale_inv: torch.Tensor
+
+    def of_expert(self, segment: tuple[int, int], first_block: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """``data [C, M]`` and ``scale_inv [ceil(M / 128), C]`` of rows ``segment = (start, end)``, views."""
+        start, end = segment
+        num_columns = self.scale_inv.shape[1]
+        data = self.data[start * num_columns : end * num_columns].view(num_columns, end - start)
+        return data, self.scale_inv[first_block : first_block + -(-(end - start) // BLOCK)]
+
+
+@dataclass(frozen=True)
+class Fp8Weight:
+    """Matrices in 128x128 blocks: ``data`` float8_e4m3fn ``[L, R, C]``, ``scale_inv`` float32 ``[L, ceil(R / 128),
+    S]``, of whose last dimension the first ``ceil(C / 128)`` count (cuBLASLt wants a multiple of 4).
+    """
+
+    data: torch.Tensor
+    scale_inv: torch.Tensor
+
+    def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
+        """``[L, R, C]``"""
+        _, num_rows, num_columns = self.data.shape
+        scales = self.scale_inv[:, :, : -(-num_columns // BLOCK)]
+        scales = scales.repeat_interleave(BLOCK, 1).repeat_interleave(BLOCK, 2)
+        return (self.data.float() * scales[:, :num_rows, :num_columns]).to(dtype)
+
+
+def requantize_columns(tokens: Fp8Tokens, groups: RowGroups) -> Fp8Columns:
+    """Rows ``[N, C]`` by column, for a product over the rows of each expert."""
+    kernels = _kernels(tokens.data, tokens.shape[1])
+    if kernels is None or any(size % COLUMN_ALIGNMENT for size in groups.splits):
+        return requantize_columns_torch(tokens, groups)
+    num_rows, num_columns = tokens.shape
+    device = tokens.device
+    num_blocks = sum(-(-size // BLOCK) for size in groups.splits)
+    data = torch.empty(num_rows * num_columns, dtype=torch.float8_e4m3fn, device=device)
+    scale_inv = torch.empty(num_blocks, num_columns, dtype=torch.float32, device=device)
+    with torch.cuda.device(device):
+        kernels.requantize_columns(
+            data=tokens.data.data_ptr(),
+            scale_inv=tokens.scale_inv.data_ptr(),
+            rows=num_rows,
+            cols=num_columns,
+            counts=groups.tokens_per_expert.data_ptr(),
+            num_experts=len(groups.tokens_per_expert),
+            out=data.data_ptr(),
+            out_scale_inv=scale_inv.data_ptr(),
+            stream=torch.cuda.current_stream().cuda_stream,
+        )
+    return Fp8Columns(data, scale_inv)
+
+
+def requantize_columns_torch(tokens: Fp8Tokens, groups: RowGroups) -> Fp8Columns:
+    wide = fp8.dequantize_torch(tokens.data, tokens.scale_inv, torch.float32)
+    data, scale_inv = [], []
+    for start, end in groups.segments:
+        columns, scales = fp8.quantize_torch(wide[start:end].t())
+        data.append(columns.flatten())
+        scale_inv.append(scales.t())
+    rest = wide.shape[0] - groups.segments[-1][1]
+    data.append(tokens.data.new_empty(rest * wide.shape[1]))
+    return Fp8Columns(torch.cat(data), torch.cat(scale_inv).contiguous())
+
+
+def transpose_scales(scale_inv: torch.Tensor, groups: RowGroups) -> torch.Tensor:
+    """``scale_inv [N, B]`` as matrices ``[B, rows of the expert]``, one after the other: ``[N * B]``."""
+    kernels = _kernels(scale_inv, 0)
+    if kernels is None:
+        parts = [scale_inv[start:end].t().flatten() for start, end in groups.segments]
+        rest = (scale_inv.shape[0] - groups.segments[-1][1]) * scale_inv.shape[1]
+        return torch.cat([*parts, scale_inv.new_empty(rest)])
+    out = torch.empty(scale_inv.numel(), dtype=torch.float32, device=scale_inv.device)
+    with torch.cuda.device(scale_inv.device):
+        kernels.transpose_scales(
+            scale_inv=scale_inv.data_ptr(),
+            rows=scale_inv.shape[0],
+            blocks=scale_inv.shape[1],
+            counts=groups.tokens_per_expert.data_ptr(),
+            num_experts=len(groups.tokens_per_expert),
+            out=out.data_ptr(),
+            stream=torch.cuda.current_stream().cuda_stream,
+        )
+    return out
+
+
+def quantize_weight(
+    weight_LRC: torch.Tensor, *, rows: bool = True, transposed: bool = False
+) -> tuple[Fp8Weight | None, Fp8Weight | None]:
+    """``weight [L, R, C]`` in 128x128 blocks: as it is, and transposed (``[L, C, R]``), whichever is wanted."""
+    num_matrices, num_rows, num_columns = weight_LRC.shape
+    kernels = _kernels(weight_LRC, num_columns)
+    if kernels is None or num_rows % BLOCK or weight_LRC.dtype not in swiglu.KERNEL_DTYPES:
+        plain = quantize_weight_torch(weight_LRC)
+        turned = Fp8Weight(
+            plain.data.transpose(1, 2).contiguous(), plain.scale_inv.transpose(1, 2).contiguous()
+        )
+        return plain if rows else None, turned if transposed else None
+    as_is = _empty_weight(num_matrices, num_rows, num_columns, weight_LRC.device) if rows else None
+    turned = _empty_weight(num_matrices, num_columns, num_rows, weight_LRC.device) if transposed else None
+    with torch.cuda.device(weight_LRC.device):
+        kernels.quantize_blocks(
+            x=weight_LRC.data_ptr(),
+            dtype=getattr(kernels.DType, swiglu.KERNEL_DTYPES[weight_LRC.dtype]),
+            matrices=num_matrices,
+            rows=num_rows,
+            cols=num_columns,
+            data=as_is.data.data_ptr() if rows else 0,
+            scale_inv=as_is.scale_inv.data_ptr() if rows else 0,
+            scale_stride=as_is.scale_inv.shape[2] if rows else 0,
+            transposed=turned.data.data_ptr() if transposed else 0,
+            transposed_scale_inv=turned.scale_inv.data_ptr() if transposed else 0,
+            transposed_scale_stride=turned.scale_inv.shape[2] if transposed else 0,
+            stream=torch.cuda.current_stream().cuda_stream,
+        )
+    return as_is, turned
+
+
+def quantize_weight_torch(weight_LRC: torch.Tensor) -> Fp8Weight:
+    num_matrices, num_rows, num_columns = weight_LRC.shape
+    row_blocks, column_blocks = -(-num_rows // BLOCK), -(-num_columns // BLOCK)
+    padding = (0, column_blocks * BLOCK - num_columns, 0, row_blocks * BLOCK - num_rows)
+    tiles = F.pad(weight_LRC, padding).view(num_matrices, row_blocks, BLOCK, column_blocks, BLOCK)
+    tiles = tiles.transpose(2, 3)
+    data, scale_inv = fp8.quantize_tiles_torch(tiles.flatten(-2))
+    data = data.view(torch.uint8).view(tiles.shape).transpose(2, 3)
+    data = data.reshape(num_matrices, row_blocks * BLOCK, column_blocks * BLOCK)[:, :num_rows, :num_columns]
+    return Fp8Weight(data.contiguous().view(torch.float8_e4m3fn), scale_inv)
+
+
+def quantize_swiglu(gate_up_NG: torch.Tensor, weights_N: torch.Tensor | None) -> Fp8Tokens:
+    """`weighted_swiglu`, quantised: Fp8Tokens ``[N, F]`` without a carrier."""
+    if swiglu.kernels_for(gate_up_NG, weights_N, multiple=BLOCK) is None:
+        return Fp8Tokens(*fp8.quantize_torch(swiglu.activate_torch(gate_up_NG, weights_N)))
+    data, scale_inv = _empty_tokens(gate_up_NG.shape[0], gate_up_NG.shape[1] // 2, gate_up_NG.device)
+    swiglu.launch_forward(gate_up_NG, weights_N, data=data, scale_inv=scale_inv)
+    return Fp8Tokens(data, scale_inv)
+
+
+def quantize_swiglu_gradient(
+    gate_up_NG: torch.Tensor, weights_N: torch.Tensor | None, grad_NF: torch.Tensor
+) -> tuple[Fp8Tokens, torch.Tensor | None]:
+    """The gradients of gate and up, quantised: Fp8Tokens ``[N, 2F]``; and of the weights ``[N]``."""
+    if swiglu.kernels_for(gate_up_NG, weights_N, multiple=BLOCK) is None:
+        grad_NG, grad_weights_N = swiglu.differentiate_torch(gate_up_NG, weights_N, grad_NF)
+        return Fp8Tokens(*fp8.quantize_torch(grad_NG)), grad_weights_N
+    data, scale_inv = _empty_tokens(*gate_up_NG.shape, gate_up_NG.device)
+    grad_weights_N = swiglu.launch_backward(gate_up_NG, weights_N, grad_NF, data=data, scale_inv=scale_inv)
+    return Fp8Tokens(data, scale_inv), grad_weights_N
+
+
+def _kernels(tensor: torch.Tensor, num_columns: int) -> ModuleType | None:
+    if not tensor.is_cuda or num_columns % BLOCK or torch.compiler.is_compiling():
+        return None
+    return _extension.load_for(tensor.device)
+
+
+def _empty_tokens(num_rows: int, num_columns: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    data = torch.empty(num_rows, num_columns, dtype=torch.float8_e4m3fn, device=device)
+    return data, torch.empty(num_rows, num_columns // BLOCK, dtype=torch.float32, device=device)
+
+
+def _empty_weight(num_matrices: int, num_rows: int, num_columns: int, device: torch.device) -> Fp8Weight:
+    data = torch.empty(num_matrices, num_rows, num_columns, dtype=torch.float8_e4m3fn, device=device)
+    width = -(-num_columns // (4 * BLOCK)) * 4
+    scale_inv = torch.empty(num_matrices, num_rows // BLOCK, width, dtype=torch.float32, device=device)
+    return Fp8Weight(data, scale_inv)

@@ -1,0 +1,323 @@
+"""FP8 experts on a GPU: kernels against their formulas bit for bit, products against plain torch's, and times."""
+
+import statistics
+
+import pytest
+import torch
+
+from gpu.machine import needs_gpu
+from moe_ep import Fp8Tokens, fp8
+from moe_ep.layers import GroupedExperts, fp8_matmul, fp8_quantize, swiglu, transformer_engine
+from moe_ep.layers.grouped_matmul import matmul_by_expert
+from moe_ep.layers.row_groups import RowGroups
+
+pytestmark = needs_gpu
+
+needs_transformer_engine = pytest.mark.skipif(
+    not torch.cuda.is_available() or not transformer_engine.can_run(torch.device("cuda")),
+    reason=f"needs a Hopper GPU and Transformer Engine: {transformer_engine.why_missing()}",
+)
+SPLITS = [[256, 0, 128, 144], [0, 16, 0], [16] * 40, [0, 400, 1024, 16, 0]]
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+
+# A rank of two with DeepSeek-V3's layer: 4096 tokens a rank, top-8 of 32 experts.
+LAYER = {"num_local_experts": 16, "hidden": 7168, "ffn_hidden": 2048}
+LAYER_ROWS = 32768
+
+
+def groups_of(splits, extra=0):
+    counts = torch.tensor(splits, device="cuda")
+    return RowGroups(counts, splits, sum(splits) + extra)
+
+
+def tokens_of(num_rows, hidden, seed=0):
+    torch.manual_seed(seed)
+    magnitude = torch.exp2(torch.randint(-12, 12, (num_rows, 1), device="cuda").float())
+    return fp8.quantize((torch.randn(num_rows, hidden, device="cuda") * magnitude).bfloat16())
+
+
+def assert_same_bytes(got, wanted):
+    assert torch.equal(got.data.view(torch.uint8), wanted.data.view(torch.uint8))
+    assert torch.equal(got.scale_inv, wanted.scale_inv)
+
+
+@pytest.mark.parametrize("splits", SPLITS, ids=str)
+@pytest.mark.parametrize("extra", [0, 64])
+@pytest.mark.parametrize("hidden", [128, 1024])
+def test_columns_equal_the_formulas(splits, extra, hidden):
+    groups = groups_of(splits, extra)
+    tokens = tokens_of(groups.num_rows, hidden)
+    got = fp8_quantize.requantize_columns(tokens, groups)
+    wanted = fp8_quantize.requantize_columns_torch(tokens, groups)
+    used = sum(splits) * hidden
+    assert torch.equal(got.data[:used].view(torch.uint8), wanted.data[:used].view(torch.uint8))
+    assert torch.equal(got.scale_inv, wanted.scale_inv)
+
+
+@pytest.mark.parametrize("splits", SPLITS, ids=str)
+@pytest.mark.parametrize("blocks", [1, 8, 56])
+def test_scales_by_expert(splits, blocks):
+    groups = groups_of(splits)
+    scale_inv = torch.randn(sum(splits), blocks, device="cuda")
+    got = fp8_quantize.transpose_scales(scale_inv, groups)
+    assert torch.equal(got, torch.cat([part.t().flatten() for part in scale_inv.split(splits)]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(3, 256, 128), (1, 128, 640), (2, 512, 1024)])
+def test_weights_equal_the_formulas(shape, dtype):
+    torch.manual_seed(0)
+    weight = (torch.randn(shape, device="cuda") * 0.05).to(dtype)
+    weight[0, :128, :128] = 0
+    wanted = fp8_quantize.quantize_weight_torch(weight)
+    for rows, transposed in ((True, True), (True, False), (False, True)):
+        plain, turned = fp8_quantize.quantize_weight(weight, rows=rows, transposed=transposed)
+        assert (plain is not None) == rows and (turned is not None) == transposed
+        if plain is not None:
+            assert torch.equal(plain.data.view(torch.uint8), wanted.data.view(torch.uint8))
+            assert torch.equal(plain.scale_inv[:, :, : shape[2] // 128], wanted.scale_inv)
+        if turned is not None:
+            data = wanted.data.view(torch.uint8).transpose(1, 2)
+            assert torch.equal(turned.data.view(torch.uint8), data)
+            assert torch.equal(turned.scale_inv[:, :, : shape[1] // 128], wanted.scale_inv.transpose(1, 2))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("weighted", [True, False])
+@pytest.mark.parametrize(("num_rows", "width"), [(0, 256), (33, 128), (100, 640), (17, 2048)])
+def test_swiglu_equals_the_formulas(num_rows, width, weighted, dtype):
+    torch.manual_seed(0)
+    gate_up = (torch.randn(num_rows, 2 * width, device="cuda") * 3).to(dtype)
+    grad = torch.randn(num_rows, width, device="cuda").to(dtype)
+    weights = torch.rand(num_rows, device="cuda") if weighted else None
+
+    assert swiglu.kernels_for(gate_up, weights, 128) is not None
+    wanted = swiglu.activate_torch(gate_up, weights)
+    assert_same_bytes(fp8_quantize.quantize_swiglu(gate_up, weights), Fp8Tokens(*fp8.quantize_torch(wanted)))
+    inputs = [gate_up.requires_grad_()] + ([weights.requires_grad_()] if weighted else [])
+    y = swiglu.weighted_swiglu(gate_up, weights)
+    assert torch.equal(y, wanted.to(dtype))
+
+    got, got_weights = fp8_quantize.quantize_swiglu_gradient(gate_up.detach(), weights, grad)
+    wanted, wanted_weights = swiglu.differentiate_torch(gate_up.detach(), weights, grad)
+    assert_same_bytes(got, Fp8Tokens(*fp8.quantize_torch(wanted)))
+    rounded = torch.autograd.grad(y, inputs, grad)
+    assert torch.equal(rounded[0], wanted.to(dtype))
+    if weighted:
+        torch.testing.assert_close(got_weights, wanted_weights, rtol=1e-4, atol=1e-3)
+        assert torch.equal(rounded[1], got_weights)
+
+
+@needs_transformer_engine
+@pytest.mark.parametrize("splits", SPLITS, ids=str)
+@pytest.mark.parametrize(("hidden", "ffn_hidden"), [(512, 256), (1024, 384)])
+def test_transformer_engine_multiplies_the_same_numbers(splits, hidden, ffn_hidden, monkeypatch):
+    groups = groups_of(splits)
+    tokens, grad = tokens_of(sum(splits), hidden, 1), tokens_of(sum(splits), ffn_hidden, 2)
+    torch.manual_seed(3)
+    weight = torch.randn(len(splits), ffn_hidden, hidden, device="cuda", dtype=torch.bfloat16) * 0.05
+    plain, turned = fp8_quantize.quantize_weight(weight, transposed=True)
+    columns = [fp8_quantize.requantize_columns(each, groups) for each in (grad, tokens)]
+
+    def products():
+        return {
+            "forward": fp8_matmul.rows_by_weights(tokens, plain, groups, torch.bfloat16),
+            "dgrad": fp8_matmul.rows_by_weights(grad, turned, groups, torch.bfloat16),
+            "wgrad": fp8_matmul.columns_by_columns(*columns, groups, torch.bfloat16),
+        }
+
+    got = products()
+    monkeypatch.setattr(transformer_engine, "can_run", lambda _: False)
+    for name, wanted in products().items():
+        error = (got[name].float() - wanted.float()).norm() / wanted.float().norm()
+        print(f"{name} {splits}: relative difference {error:.2e}")
+        assert error < 4e-3, name  # both round to bfloat16 once
+    for e, size in enumerate(splits):
+        assert size > 0 or not got["wgrad"][e].any()
+
+
+@needs_transformer_engine
+def test_experts_are_close_to_bfloat16():
+    torch.manual_seed(0)
+    splits = [256, 0, 144, 400]
+    rows = torch.randn(sum(splits), 512, device="cuda", dtype=torch.bfloat16)
+    weights = torch.rand(sum(splits), device="cuda")
+    grad = torch.randn_like(rows)
+    results = {}
+    for mode in (None, "blockwise"):
+        torch.manual_seed(1)
+        experts = GroupedExperts(4, 512, 256, init_std=0.05, fp8=mode, device="cuda", dtype=torch.bfloat16)
+        inputs = [rows.clone().requires_grad_(), weights.clone().requires_grad_()]
+        y = experts(*inputs, torch.tensor(splits, device="cuda"), splits)
+        results[mode] = [y, *torch.autograd.grad(y, [*inputs, *experts.parameters()], grad)]
+    for name, ours, wanted in zip(
+        ["y", "x", "weights", "w_gate_up", "w_down"], results["blockwise"], results[None], strict=True
+    ):
+        error = (ours.float() - wanted.float()).norm() / wanted.float().norm()
+        print(f"{name}: relative difference to bfloat16 {error:.3f}")
+        assert error < 0.09, name
+
+
+def milliseconds(fn, repeats=10):
+    """Median GPU time; the GPU waits first, so that the host gets ahead of it."""
+    for _ in range(3):
+        fn()
+    times = []
+    for _ in range(repeats):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda._sleep(2_000_000)
+        start.record()
+        fn()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return statistics.median(times)
+
+
+def layer_splits():
+    torch.manual_seed(0)
+    shares = torch.rand(LAYER["num_local_experts"]) * 0.2 + 0.9
+    splits = (shares / shares.sum() * LAYER_ROWS / 16).long() * 16
+    splits[0] += LAYER_ROWS - splits.sum()
+    return splits.tolist()
+
+
+def report(name, ms, *, flops=0, moved=0):
+    rate = f"{flops / ms / 1e9:8.0f} TFLOP/s" if flops else f"{moved / ms / 1e6:8.0f} GB/s"
+    print(f"{name:34} {ms * 1e3:8.1f} us {rate}")
+
+
+def test_times_of_quantisation():
+    groups, hidden, ffn = groups_of(layer_splits()), LAYER["hidden"], LAYER["ffn_hidden"]
+    tokens = tokens_of(LAYER_ROWS, hidden)
+    gate_up = torch.randn(LAYER_ROWS, 2 * ffn, device="cuda", dtype=torch.bfloat16)
+    grad = torch.randn(LAYER_ROWS, ffn, device="cuda", dtype=torch.bfloat16)
+    weights = torch.rand(LAYER_ROWS, device="cuda")
+    weight = torch.randn(16, 2 * ffn, hidden, device="cuda", dtype=torch.bfloat16)
+    target = torch.empty_like(gate_up)
+    report("copy", milliseconds(lambda: target.copy_(gate_up)), moved=2 * gate_up.nbytes)
+    pieces = {
+        "columns of x": (lambda: fp8_quantize.requantize_columns(tokens, groups), 2 * tokens.data.nbytes),
+        "scales by expert": (
+            lambda: fp8_quantize.transpose_scales(tokens.scale_inv, groups),
+            2 * tokens.scale_inv.nbytes,
+        ),
+        "w_gate_up": (lambda: fp8_quantize.quantize_weight(weight), 1.5 * weight.nbytes),
+        "w_gate_up transposed": (
+            lambda: fp8_quantize.quantize_weight(weight, rows=False, transposed=True),
+            1.5 * weight.nbytes,
+        ),
+        "w_gate_up both": (lambda: fp8_quantize.quantize_weight(weight, transposed=True), 2 * weight.nbytes),
+        "swiglu to FP8": (
+            lambda: fp8_quantize.quantize_swiglu(gate_up, weights),
+            gate_up.nbytes + grad.numel(),
+        ),
+        "swiglu to bfloat16": (
+            lambda: swiglu.weighted_swiglu(gate_up, weights),
+            gate_up.nbytes + grad.nbytes,
+        ),
+        "swiglu backward to FP8": (
+            lambda: fp8_quantize.quantize_swiglu_gradient(gate_up, weights, grad),
+            gate_up.nbytes + grad.nbytes + gate_up.numel(),
+        ),
+        "swiglu backward to bfloat16": (
+            lambda: swiglu.launch_backward(gate_up, weights, grad, grad=target),
+            2 * gate_up.nbytes + grad.nbytes,
+        ),
+        "quantise rows of grad": (lambda: fp8.quantize(grad), 1.5 * grad.nbytes),
+    }
+    for name, (fn, moved) in pieces.items():
+        ms = milliseconds(fn)
+        report(name, ms, moved=moved)
+        assert ms < 5.0, name
+
+
+@needs_transformer_engine
+@pytest.mark.parametrize(
+    ("name", "out_features", "in_features"), [("gate_up", 4096, 7168), ("down", 7168, 2048)]
+)
+def test_times_of_products(name, out_features, in_features):
+    splits = layer_splits()
+    groups = groups_of(splits)
+    tokens, grad = tokens_of(LAYER_ROWS, in_features), tokens_of(LAYER_ROWS, out_features)
+    weight = torch.randn(16, out_features, in_features, device="cuda", dtype=torch.bfloat16)
+    plain, turned = fp8_quantize.quantize_weight(weight, transposed=True)
+    columns = [fp8_quantize.requantize_columns(each, groups) for each in (grad, tokens)]
+    wide, wide_grad = tokens.dequantize(), grad.dequantize()
+    flops = 2 * LAYER_ROWS * out_features * in_features
+    bf16 = torch.bfloat16
+    out = torch.empty_like(wide_grad)
+    gemm = pytest.importorskip("transformer_engine.pytorch.cpp_extensions").general_grouped_gemm
+
+    def loop():
+        for e, (start, end) in enumerate(groups.segments):
+            torch.mm(wide[start:end], weight[e].t(), out=out[start:end])
+
+    def engine():
+        gemm(
+            list(weight), list(wide.split(splits)), [out], [None] * 16, bf16, m_splits=splits,
+            single_output=True,
+        )  # fmt: skip
+
+    products = {
+        "FP8 forward": lambda: fp8_matmul.rows_by_weights(tokens, plain, groups, bf16),
+        "FP8 dgrad": lambda: fp8_matmul.rows_by_weights(grad, turned, groups, bf16),
+        "FP8 wgrad": lambda: fp8_matmul.columns_by_columns(*columns, groups, bf16),
+        "bf16 forward, grouped_mm": lambda: matmul_by_expert(wide, weight, groups),
+        "bf16 forward, mm each": loop,
+        "bf16 forward, Transformer Engine": engine,
+        "bf16 dgrad, grouped_mm": lambda: torch.nn.functional.grouped_mm(wide_grad, weight, offs=groups.ends),
+        "bf16 wgrad, grouped_mm": lambda: torch.nn.functional.grouped_mm(
+            wide_grad.t(), wide, offs=groups.ends
+        ),
+    }
+    for product, fn in products.items():
+        ms = milliseconds(fn)
+        report(f"{name}: {product}", ms, flops=flops)
+        assert ms < 50.0, product
+
+
+@needs_transformer_engine
+def test_times_of_experts():
+    splits = layer_splits()
+    counts = torch.tensor(splits, device="cuda")
+    tokens, weights = tokens_of(LAYER_ROWS, LAYER["hidden"]), torch.rand(LAYER_ROWS, device="cuda")
+    grad = tokens_of(LAYER_ROWS, LAYER["hidden"], 5)
+    wide = tokens.dequantize().requires_grad_()
+    weights.requires_grad_()
+    times = {}
+    for name, options in (
+        ("bf16", {}),
+        ("fp8", {"fp8": "blockwise"}),
+        ("fp8, weights kept", {"fp8": "blockwise", "keep_fp8_weights": True}),
+    ):
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_allocated()
+        experts = GroupedExperts(**LAYER, **options, device="cuda", dtype=torch.bfloat16)
+        if options:
+            carrier = fp8.make_carrier(wide.shape, wide.dtype, wide.device).requires_grad_()
+            rows, grad_y = Fp8Tokens(tokens.data, tokens.scale_inv, carrier), fp8.carry(grad, wide.dtype)
+        else:
+            carrier, rows, grad_y = wide, wide, grad.dequantize()
+
+        def forward(experts=experts, rows=rows):
+            return experts(rows, weights, counts, splits)
+
+        def both(experts=experts, rows=rows, grad_y=grad_y, carrier=carrier):
+            experts.zero_grad(set_to_none=True)
+            carrier.grad = None
+            forward(experts, rows).backward(grad_y)
+
+        both()
+        torch.cuda.reset_peak_memory_stats()
+        both()
+        peak = (torch.cuda.max_memory_allocated() - before) / 2**30
+        with torch.no_grad():
+            alone = milliseconds(forward)
+        times[name] = milliseconds(both)
+        flops = 6 * LAYER_ROWS * LAYER["hidden"] * LAYER["ffn_hidden"]
+        report(f"experts, {name}: forward", alone, flops=flops)
+        report(f"experts, {name}: both", times[name], flops=3 * flops)
+        print(f"experts, {name}: peak {peak:.2f} GiB with weights and their gradients")
+        del experts
+    assert times["fp8, weights kept"] < times["bf16"]
