@@ -1,39 +1,22 @@
 """V1's low-latency dispatch and combine: few tokens, fixed shapes, no wait of the host.
 
-One row travels for each (token, rank), as in the normal calls; a table then tells where each of a token's experts here
-has its row (`low_latency_tables`).
+What is common to both ways of doing them: by kernels of their own (`low_latency_kernels`), and by moe_ep's operators
+(`low_latency_operators`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
-from typing import NamedTuple, TypeVar
-
 import torch
 
-from ...errors import InvalidInput, PeerTimeoutError
+from ...errors import InvalidInput
 from . import transport
-from .fp8 import quantize
-from .layout import local_ids, pack_ids, token_numbers
-from .low_latency_tables import Hook, Tables, add_up, expand, make_tables, scattered
-from .members import Members, Roll
-from .routing import RankRouting
+from .low_latency_kernels import KernelCalls
+from .low_latency_operators import OperatorCalls
+from .low_latency_tables import Dispatched, Hook
 from .streams import CommStream
 from .transport import Communicators
 
-Result = TypeVar("Result")
-
 SCALES_IN_WORD = 4
-
-
-class Sent(NamedTuple):
-    """A dispatch, as combine needs it."""
-
-    members: Members
-    routing: RankRouting
-    tables: Tables
-    topk_idx: torch.Tensor
 
 
 class Handle(tuple):
@@ -43,28 +26,31 @@ class Handle(tuple):
     rank r in the upper 32 bits, the number of rows in the lower.
     """
 
-    sent: Sent
+    dispatched: Dispatched
 
     @staticmethod
-    def make(values: tuple, sent: Sent) -> Handle:
-        handle = Handle(values)
-        handle.sent = sent
+    def make(dispatched: Dispatched, max_tokens: int, hidden: int, num_experts: int) -> Handle:
+        handle = Handle((dispatched.source_token, dispatched.ranges, max_tokens, hidden, num_experts))
+        handle.dispatched = dispatched
         return handle
 
 
 class LowLatencyMode:
     def __init__(self, communicators: Communicators, enable_shrink: bool, timeout_s: float) -> None:
-        self.rank, self.size = communicators.rank, communicators.size
+        self.size = communicators.size
+        self._communicators = communicators
         self._enable_shrink = enable_shrink
-        self._roll = Roll(communicators, timeout_s)
-        self._combine_buffers: dict[tuple[int, ...], list[torch.Tensor]] = {}
+        self._timeout_s = timeout_s
+        self._operators = OperatorCalls(communicators, enable_shrink, timeout_s)
+        self._kernels: KernelCalls | None = None
+        self._combine_buffers: dict[tuple, list[torch.Tensor]] = {}
         self._num_combines = 0
 
     def close(self) -> None:
-        self._roll.close()
+        self._operators.close()
+        if self._kernels is not None:
+            self._kernels.close()
         self._combine_buffers.clear()
-
-    # --- dispatch ---
 
     def dispatch(
         self,
@@ -82,70 +68,19 @@ class LowLatencyMode:
     ) -> tuple:
         _check_common(wait_stats, async_finish, return_recv_hook)
         self._check_dispatch(x, topk_idx, max_tokens, num_experts, stats, fp8)
-        hooks: list[Hook] = []
+        hooks: list[Hook | None] = []
 
         def call() -> tuple:
-            payload = quantize(x, rounded=fp8 != "exact") if fp8 else (x,)
-            sent, received = self._send(payload, topk_idx, max_tokens, num_experts)
-            shape = num_experts // self.size, self.size * max_tokens
-            expanded, fill = expand(received, sent.tables, shape, as_exponents=fp8 == "ue8m0")
-            counts = sent.tables.per_expert_and_rank.sum(1, dtype=torch.int32)
-
-            def receive() -> None:
-                fill()
-                if stats is not None:
-                    with _able_to_write(stats):
-                        stats.add_(counts)
-
+            dispatched, receive = self._calls_on(x.device).dispatch(
+                x, topk_idx, max_tokens, num_experts, fp8, stats, apart=return_recv_hook
+            )
             hooks.append(receive)
-            if not return_recv_hook:
-                receive()
-            handle = self._handle(sent, shape, max_tokens, x.shape[1], num_experts)
-            return expanded if fp8 else expanded[0], counts, handle
+            handle = Handle.make(dispatched, max_tokens, x.shape[1], num_experts)
+            return dispatched.rows if fp8 else dispatched.rows[0], dispatched.counts, handle
 
-        result, event = stream.run(
-            call, x.device, async_finish=bool(async_finish), inputs=[x, topk_idx, stats]
-        )
-        return *result, event, _as_hook(hooks[0]) if return_recv_hook else None
-
-    def _send(
-        self, payload: tuple[torch.Tensor, ...], topk_idx: torch.Tensor, max_tokens: int, num_experts: int
-    ) -> tuple[Sent, tuple[torch.Tensor, ...]]:
-        """Rows ``[M, H]`` and, if there are any, scales ``[M, S]``."""
-        per_rank = num_experts // self.size
-        me = torch.full((len(topk_idx), 1), self.rank + 1, dtype=torch.int32, device=topk_idx.device)
-        numbers = [pack_ids(topk_idx), token_numbers(len(topk_idx), topk_idx.device), me, *payload[1:]]
-
-        def send(members: Members) -> tuple[Sent, tuple[torch.Tensor, ...]]:
-            routing = self._routing(members, topk_idx, max_tokens, per_rank)
-            rows, (ids, tokens, sources, *scales) = routing.send(payload[0], numbers)
-            ids = local_ids(ids, self.rank, per_rank, torch.int64)
-            sources, tokens = sources.flatten() - 1, tokens.flatten() - 1
-            tables = make_tables(ids, sources, tokens, per_rank, self.size, self.size * max_tokens)
-            return Sent(members, routing, tables, topk_idx), (rows, *scales)
-
-        return self._among_members(send)
-
-    def _routing(
-        self, members: Members, topk_idx: torch.Tensor, max_tokens: int, per_rank: int
-    ) -> RankRouting:
-        """To those members that hold an expert of the token."""
-        holders = torch.where(topk_idx < 0, -1, topk_idx // per_rank)
-        in_rank = (holders.unsqueeze(2) == members.ranks_on(topk_idx.device)).any(1)
-        return RankRouting(members.communicators, in_rank, max_tokens, len(members.ranks) * max_tokens)
-
-    def _handle(
-        self, sent: Sent, shape: tuple[int, int], max_tokens: int, hidden: int, num_experts: int
-    ) -> Handle:
-        tables = sent.tables
-        sources, fill = scattered(tables.source_token.unsqueeze(1), tables.slots, shape)
-        fill()
-        counts = tables.per_expert_and_rank
-        begins = counts.cumsum(1) - counts
-        layout_range = (begins << 32) | counts
-        return Handle.make((sources.squeeze(2), layout_range, max_tokens, hidden, num_experts), sent)
-
-    # --- combine ---
+        inputs = [x, topk_idx, stats]
+        result, event = stream.run(call, x.device, async_finish=bool(async_finish), inputs=inputs)
+        return *result, event, _as_hook(hooks[0])
 
     def combine(
         self,
@@ -162,51 +97,21 @@ class LowLatencyMode:
         wait_stats: torch.Tensor | None,
     ) -> tuple:
         _check_common(wait_stats, async_finish, return_recv_hook)
-        sent = self._check_combine(x, topk_idx, topk_weights, handle, out)
+        _check_combine(x, topk_idx, topk_weights, handle, out)
         rows = self._combine_buffer(handle) if zero_copy else x
         self._num_combines += 1
-        hooks: list[Hook] = []
+        hooks: list[Hook | None] = []
 
         def call() -> torch.Tensor:
-            sums = self._bring_back(rows.flatten(0, 1), topk_idx, topk_weights, handle, sent)
-            if out is None and not return_recv_hook:
-                return sums
-            target = torch.empty_like(sums) if out is None else out
-
-            def receive() -> None:
-                with _able_to_write(target):
-                    target.copy_(sums)
-
+            sums, receive = self._calls_on(x.device).combine(
+                rows, topk_idx, topk_weights, handle.dispatched.sent, out, apart=return_recv_hook
+            )
             hooks.append(receive)
-            if not return_recv_hook:
-                receive()
-            return target
+            return sums
 
         inputs = [x, topk_idx, topk_weights, out]
         result, event = stream.run(call, x.device, async_finish=bool(async_finish), inputs=inputs)
-        return result, event, _as_hook(hooks[0]) if return_recv_hook else None
-
-    def _bring_back(
-        self,
-        rows: torch.Tensor,
-        topk_idx: torch.Tensor,
-        topk_weights: torch.Tensor,
-        handle: Handle,
-        sent: Sent,
-    ) -> torch.Tensor:
-        max_tokens, num_experts = handle[2], handle[4]
-        words = torch.cat([topk_weights, pack_ids(topk_idx).view(torch.float32)], dim=1)
-
-        def bring_back(members: Members) -> torch.Tensor:
-            routing, slots = sent.routing, sent.tables.slots
-            if members != sent.members:  # someone was masked or taken back since the dispatch
-                routing = self._routing(members, sent.topk_idx, max_tokens, num_experts // self.size)
-                slots = slots_among(members, sent, routing.num_rows)
-            weights, ids = routing.send_words(words).chunk(2, dim=1)
-            asked = ids.contiguous().view(torch.int32) > 0
-            return routing.bring_back(add_up(rows, torch.where(asked, slots, -1), weights))
-
-        return self._among_members(bring_back)
+        return result, event, _as_hook(hooks[0])
 
     def next_combine_buffer(self, handle: Handle) -> torch.Tensor:
         _check_handle(handle)
@@ -222,37 +127,36 @@ class LowLatencyMode:
             self._combine_buffers[(*shape, device)] = buffers
         return buffers[self._num_combines % 2]
 
-    # --- masks ---
+    def _calls_on(self, device: torch.device) -> OperatorCalls | KernelCalls:
+        return self._all_calls()[-1] if device.type == "cuda" else self._operators
 
+    def _all_calls(self) -> list[OperatorCalls | KernelCalls]:
+        """By operators and, where GPUs reach each other, by kernels, whose masks are then the ones that count."""
+        if self._kernels is None:
+            self._kernels = KernelCalls.make(self._communicators, self._enable_shrink, self._timeout_s)
+        return [self._operators] if self._kernels is None else [self._operators, self._kernels]
+
+    @transport.outside_autograd
     def update_mask(self, rank: int, mask: bool) -> None:
         self._check_shrink()
-        self._roll.mask(rank, bool(mask))
+        for calls in self._all_calls():
+            calls.mask(rank, bool(mask))
 
+    @transport.outside_autograd
     def query_mask(self, mask_status: torch.Tensor) -> None:
         self._check_shrink()
         transport.check_numbers("mask_status", mask_status, (self.size,), torch.int32)
-        mask_status.copy_(torch.tensor(self._roll.status(), dtype=torch.int32))
+        mask_status.copy_(self._all_calls()[-1].mask_status())
 
+    @transport.outside_autograd
     def clean_mask(self) -> None:
         self._check_shrink()
-        self._roll.clear()
+        for calls in self._all_calls():
+            calls.clear_masks()
 
     def _check_shrink(self) -> None:
         if not self._enable_shrink:
             raise InvalidInput("ranks are masked in a Buffer made with enable_shrink=True; this one is not")
-
-    def _among_members(self, call: Callable[[Members], Result]) -> Result:
-        """With enable_shrink, once more whenever some did not answer, without them."""
-        while True:
-            members = self._roll.members()
-            try:
-                return call(members)
-            except PeerTimeoutError as error:
-                if not self._enable_shrink or not error.ranks:
-                    raise
-                self._roll.give_up(members, error.ranks)
-
-    # --- checks ---
 
     def _check_dispatch(
         self,
@@ -286,48 +190,32 @@ class LowLatencyMode:
                 "use a multiple of 512"
             )
 
-    def _check_combine(
-        self,
-        x: torch.Tensor,
-        topk_idx: torch.Tensor,
-        topk_weights: torch.Tensor,
-        handle: Handle,
-        out: torch.Tensor | None,
-    ) -> Sent:
-        _check_handle(handle)
-        hidden = handle[3]
-        sent = handle.sent
-        transport.check_numbers("x", x, (*handle[0].shape, hidden), torch.bfloat16)
-        if topk_idx.shape != sent.topk_idx.shape:
-            raise InvalidInput(
-                f"topk_idx has shape {tuple(topk_idx.shape)}; this handle's dispatch had {tuple(sent.topk_idx.shape)}"
-            )
-        _check_ids(topk_idx, len(topk_idx))
-        transport.check_numbers("topk_weights", topk_weights, tuple(topk_idx.shape), torch.float32)
-        if out is not None:
-            transport.check_numbers("out", out, (len(topk_idx), hidden), torch.bfloat16)
-        return sent
+
+def _check_combine(
+    x: torch.Tensor,
+    topk_idx: torch.Tensor,
+    topk_weights: torch.Tensor,
+    handle: Handle,
+    out: torch.Tensor | None,
+) -> None:
+    _check_handle(handle)
+    hidden = handle[3]
+    dispatched = handle.dispatched.sent.topk_idx
+    transport.check_numbers("x", x, (*handle[0].shape, hidden), torch.bfloat16)
+    if topk_idx.shape != dispatched.shape:
+        raise InvalidInput(
+            f"topk_idx has shape {tuple(topk_idx.shape)}; this handle's dispatch had {tuple(dispatched.shape)}"
+        )
+    _check_ids(topk_idx, len(topk_idx))
+    transport.check_numbers("topk_weights", topk_weights, tuple(topk_idx.shape), torch.float32)
+    if out is not None:
+        transport.check_numbers("out", out, (len(topk_idx), hidden), torch.bfloat16)
 
 
-def slots_among(members: Members, sent: Sent, num_rows: int) -> torch.Tensor:
-    """`Tables.slots` of the rows that other members would have had here: those of ranks now gone are left out.
+def _as_hook(receive: Hook | None) -> Hook | None:
+    if receive is None:
+        return None
 
-    Nothing arrived from ranks that were masked at the dispatch: their rows have no slots.
-    """
-    sources = sent.tables.source_rank
-    stays = (sources.unsqueeze(1) == members.ranks_on(sources.device)).any(1)
-    order = stays.logical_not().sort(stable=True).indices
-    slots = torch.where(stays.unsqueeze(1), sent.tables.slots, -1)[order]
-    missing = max(0, num_rows - len(slots))
-    return torch.nn.functional.pad(slots, (0, 0, 0, missing), value=-1)[:num_rows]
-
-
-def _able_to_write(tensor: torch.Tensor) -> AbstractContextManager:
-    """What was made under inference mode can be written only under it."""
-    return torch.inference_mode(tensor.is_inference())
-
-
-def _as_hook(receive: Hook) -> Hook:
     def hook() -> None:
         with torch.inference_mode(False), torch.no_grad():
             receive()

@@ -1,19 +1,34 @@
 """Tables of low-latency calls, and what is done by them: rows to their experts' places, and back into sums.
 
 This is what is left of the calls around moe_ep's dispatch and combine. Shapes are fixed, so that the device need not
-tell the host a number.
+tell the host a number. Where there are kernels for low-latency calls, these do all of it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from .utils.math import pack_ue8m0
 
 Hook = Callable[[], None]
+
+
+class Dispatched(NamedTuple):
+    """What a low-latency dispatch gives, by this rank's L experts with room for R * T rows each.
+
+    ``rows``: ``[L, R * T, H]`` and, of FP8, scales. ``counts [L]`` and ``source_token [L, R * T]`` int32. ``ranges
+    [L, R]`` int64: the first row from rank r in the upper 32 bits, the number of rows in the lower. ``sent``: what
+    combine needs; of the calls' own kind.
+    """
+
+    rows: tuple[torch.Tensor, ...]
+    counts: torch.Tensor
+    source_token: torch.Tensor
+    ranges: torch.Tensor
+    sent: Any
 
 
 class Tables(NamedTuple):
@@ -46,6 +61,13 @@ def make_tables(
     per_rank = present.new_zeros((num_ranks + 1, num_local_experts))
     per_rank.index_add_(0, torch.where(sources < 0, num_ranks, sources), present)
     return Tables(slots, sources, tokens, per_rank[:num_ranks].t().contiguous())
+
+
+def row_ranges(tables: Tables) -> torch.Tensor:
+    """`Dispatched.ranges`."""
+    counts = tables.per_expert_and_rank
+    begins = counts.cumsum(1) - counts
+    return (begins << 32) | counts
 
 
 def expand(
