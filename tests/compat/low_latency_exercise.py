@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 
 import torch
-from cases import Case
-from exercise import assert_same_bits
+from cases import Case, RankInputs
+from exercise import assert_same_bits, settle
 from torch import Tensor
 
 from moe_ep.compat import deep_ep
@@ -55,15 +56,30 @@ def room(case: Case) -> int:
     return max(case.tokens_by_rank) + 2
 
 
+@functools.lru_cache(maxsize=16)
 def experts_output(case: Case, rank: int) -> Tensor:
     shape = case.experts_per_rank, case.world_size * room(case), case.hidden
     return case.values(rank, "experts", *shape, dtype=torch.bfloat16)
 
 
-def run_low_latency(case: Case, buffer: deep_ep.Buffer, way: Way = Way()) -> Results:
+def run_low_latency(case: Case, buffer: deep_ep.Buffer, way: Way = Way(), device: str = "cpu") -> Results:
+    """One dispatch and combine of this rank. The results are on the CPU."""
     rank = buffer.rank
-    mine = case.inputs(rank)
-    stats = torch.full((case.experts_per_rank,), 7, dtype=torch.int32)
+    mine = case.inputs(rank, device)
+    # All copies to the device come first: they would hold up other virtual ranks.
+    rows = experts_output(case, rank).to(device)
+    settle(mine.x.device)
+    results = call_low_latency(case, buffer, way, mine, rows)
+    settle(mine.x.device)
+    return {name: value.cpu() for name, value in results.items()}
+
+
+def call_low_latency(
+    case: Case, buffer: deep_ep.Buffer, way: Way, mine: RankInputs, experts_rows: Tensor
+) -> Results:
+    """The calls alone, whose host does not wait for a device."""
+    device = mine.x.device
+    stats = torch.full((case.experts_per_rank,), 7, dtype=torch.int32, device=device)
     finish = {"async_finish": way.async_finish, "return_recv_hook": way.hook}
 
     def received(event, hook):
@@ -85,14 +101,13 @@ def run_low_latency(case: Case, buffer: deep_ep.Buffer, way: Way = Way()) -> Res
         assert scales.stride(1) == 1 and scales.stride(2) == scales.shape[1]
         results |= {"rows": data.view(torch.uint8), "scales": scales}
 
-    rows = experts_output(case, rank)
     # What no token has must not be read.
-    is_row = torch.arange(rows.shape[1]) < counts.unsqueeze(1)
-    rows = torch.where(is_row.unsqueeze(2), rows, float("nan"))
+    is_row = torch.arange(experts_rows.shape[1], device=device) < counts.unsqueeze(1)
+    rows = torch.where(is_row.unsqueeze(2), experts_rows, float("nan"))
     if way.zero_copy:
         buffer.get_next_low_latency_combine_buffer(handle)[:, :, :] = rows
         rows = torch.full_like(rows, float("nan"))
-    out = torch.empty(len(mine.x), case.hidden, dtype=torch.bfloat16) if way.out else None
+    out = torch.empty(len(mine.x), case.hidden, dtype=torch.bfloat16, device=device) if way.out else None
     y, event, hook = buffer.low_latency_combine(
         rows, mine.topk_idx, mine.topk_weights, handle, zero_copy=way.zero_copy, out=out, **finish
     )

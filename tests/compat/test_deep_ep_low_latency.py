@@ -1,6 +1,7 @@
 """deep_ep V1's low-latency calls, against their semantics written out."""
 
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -31,10 +32,10 @@ def make_cases(world_size: int) -> list[Case]:
     ]
 
 
-def run_ways(case: Case, group) -> list:
+def run_ways(case: Case, group, device: str = "cpu") -> list:
     buffer = deep_ep.Buffer(group, low_latency_mode=True, explicitly_destroy=True, timeout_s=30)
     buffer.clean_low_latency_buffer(room(case), case.hidden, case.num_experts)
-    results = [run_low_latency(case, buffer, way) for way in WAYS]
+    results = [run_low_latency(case, buffer, way, device) for way in WAYS]
     buffer.destroy()
     return results
 
@@ -130,39 +131,43 @@ def test_ids_of_minus_one_in_combine_leave_rows_out():
     assert on_virtual_ranks(2, fn) == [True, True]
 
 
-@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.fmt)
-def test_masked_ranks_take_no_part(way):
-    case, gone = make_cases(4)[0], 2
-    way = Way(way.fmt, way.hook, way.async_finish, way.zero_copy, way.out, masked=(gone,))
+def run_with_masks(case: Case, gone: int, way: Way, group, device: str = "cpu") -> tuple:
+    """Everyone; all but one; everyone."""
+    buffer = deep_ep.Buffer(group, low_latency_mode=True, enable_shrink=True, timeout_s=30)
+    whole = run_low_latency(case, buffer, Way(), device)
+    if buffer.rank != gone:
+        buffer.low_latency_update_mask_buffer(gone, True)
+        part = run_low_latency(case, buffer, way, device)
+        status = torch.zeros(case.world_size, dtype=torch.int32, device=device)
+        buffer.low_latency_query_mask_buffer(status)
+        assert status.tolist() == [int(rank == gone) for rank in range(case.world_size)]
+    else:
+        part = None
+    buffer.low_latency_clean_mask_buffer()
+    return whole, part, run_low_latency(case, buffer, Way(), device)
 
-    def fn(group):
-        buffer = deep_ep.Buffer(group, low_latency_mode=True, enable_shrink=True)
-        whole = run_low_latency(case, buffer, Way())
-        if buffer.rank != gone:
-            buffer.low_latency_update_mask_buffer(gone, True)
-            part = run_low_latency(case, buffer, way)
-            status = torch.zeros(4, dtype=torch.int32)
-            buffer.low_latency_query_mask_buffer(status)
-            assert status.tolist() == [0, 0, 1, 0]
-        else:
-            part = None
-        buffer.low_latency_clean_mask_buffer()
-        return whole, part, run_low_latency(case, buffer, Way())
 
-    by_rank = on_virtual_ranks(4, fn)
+def assert_masks(case: Case, gone: int, way: Way, by_rank: list) -> None:
     assert_low_latency(case, {rank: results[0] for rank, results in enumerate(by_rank)}, Way())
     assert_low_latency(case, {r: results[1] for r, results in enumerate(by_rank) if r != gone}, way)
     assert_low_latency(case, {rank: results[2] for rank, results in enumerate(by_rank)}, Way())
 
 
-def run_with_a_late_rank(case: Case, gone: int, group) -> list | None:
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.fmt)
+def test_masked_ranks_take_no_part(way):
+    case, gone = make_cases(4)[0], 2
+    way = replace(way, masked=(gone,))
+    assert_masks(case, gone, way, on_virtual_ranks(4, lambda group: run_with_masks(case, gone, way, group)))
+
+
+def run_with_a_late_rank(case: Case, gone: int, group, device: str = "cpu") -> list | None:
     """Two rounds without the late rank, which shows in the first call; status."""
     buffer = deep_ep.Buffer(group, low_latency_mode=True, enable_shrink=True, timeout_s=3)
-    run_low_latency(case, buffer)
+    run_low_latency(case, buffer, device=device)
     if buffer.rank == gone:
         return None
-    rounds = [run_low_latency(case, buffer, way) for way in WAYS[:2]]
-    status = torch.zeros(buffer.group_size, dtype=torch.int32)
+    rounds = [run_low_latency(case, buffer, way, device) for way in WAYS[:2]]
+    status = torch.zeros(buffer.group_size, dtype=torch.int32, device=device)
     buffer.low_latency_query_mask_buffer(status)
     return [*rounds, status.tolist()]
 
@@ -181,8 +186,8 @@ def test_a_late_rank_is_masked_and_the_rest_goes_on():
     assert_late_rank(case, 2, on_virtual_ranks(4, lambda group: run_with_a_late_rank(case, 2, group)))
 
 
-def run_with_a_late_process(case: Case, gone: int) -> list | None:
-    results = run_with_a_late_rank(case, gone, torch.distributed.group.WORLD)
+def run_with_a_late_process(case: Case, gone: int, device: str = "cpu") -> list | None:
+    results = run_with_a_late_rank(case, gone, torch.distributed.group.WORLD, device)
     store = (
         torch.distributed.distributed_c10d._get_default_store()
     )  # the late one stays until the others are done
