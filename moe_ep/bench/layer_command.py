@@ -48,8 +48,6 @@ def run(args: argparse.Namespace) -> int:
     sizes = sizes_of(args)
     if inside_launch():
         text = run_rank(args, sizes)
-    elif args.nproc == 1:
-        text = run_rank(args, sizes, machine.command_line())
     else:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "results.json")
@@ -91,9 +89,8 @@ def sizes_of(args: argparse.Namespace) -> Sizes:
 
 def run_rank(args: argparse.Namespace, sizes: Sizes, command: str | None = None) -> str | None:
     """Measure on this rank, one of those that were launched. Rank 0 returns the results as JSON, the others None."""
-    wants_gpu = args.device != "cpu" and torch.cuda.is_available()
     rank, size = init_process_group(args.device)
-    on_gpu = dist.get_backend() != "gloo" if dist.is_initialized() else wants_gpu
+    on_gpu = dist.get_backend() != "gloo"
     device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
     try:
         variants, backend = own_variants(sizes, device, args.backend, args.overlap_chunks)
