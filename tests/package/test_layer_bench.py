@@ -6,9 +6,8 @@ from moe_ep.bench import layer_report
 from moe_ep.bench.layer import LayerResults, Row, Sizes
 from moe_ep.cli import main
 
-SMALL = (
-    "--layer --device cpu --num-tokens 32 --hidden 128 --ffn-hidden 128 --num-experts 4 --num-topk 2".split()
-)
+SIZES = {"num-tokens": 32, "hidden": 128, "ffn-hidden": 128, "num-experts": 4, "num-topk": 2}
+SMALL = ["--layer", "--device", "cpu", *(text for n, size in SIZES.items() for text in (f"--{n}", str(size)))]
 
 
 def test_on_two_cpu_ranks(tmp_path, capfd):
