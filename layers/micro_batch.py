@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
+from moe_ep.streams import named_range
+
 from .block_pass import BlockPass
 from .lanes import Lanes
 from .model import DeepSeekModel, token_loss
@@ -111,7 +113,7 @@ class MicroBatchSchedule:
         if b is not None:
             b.dispatch_backward()
             with lanes.beside_communication():
-                self.store.run()
+                self.run_weight_gradients()
         if f is not None:
             with lanes.beside_communication(b is not None):
                 f.experts()
@@ -120,7 +122,12 @@ class MicroBatchSchedule:
             with lanes.beside_communication(f is not None):
                 b.attend_backward()
             with lanes.beside_communication():
-                self.store.run()
+                self.run_weight_gradients()
+
+    def run_weight_gradients(self) -> None:
+        """Those that have been put off."""
+        with named_range("weight gradients"):
+            self.store.run()
 
 
 class ModelPass:

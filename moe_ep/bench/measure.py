@@ -51,13 +51,18 @@ class Stopwatch:
         if not self._on_gpu:
             return self.wall_us(operation, i)
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        torch.cuda._sleep(_SLEEP_CYCLES)
-        self._meet()
+        self.begin_together()
         begin.record()
         operation(i)
         end.record()
         end.synchronize()
         return begin.elapsed_time(end) * 1e3
+
+    def begin_together(self) -> None:
+        """What the GPU is given next it does when every rank's has come to it, and the host is some way ahead."""
+        if self._on_gpu:
+            torch.cuda._sleep(_SLEEP_CYCLES)
+        self._meet()
 
     def wall_us(self, operation: Operation, i: int) -> float:
         """The host's time from before the call until the GPU has ended it."""

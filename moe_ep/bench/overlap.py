@@ -1,0 +1,245 @@
+"""How much of the communication each kind of overlap hides, and what it costs the experts' matrix products."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from .. import Communicator, functional
+from ..carveout import leave_free
+from ..streams import named_range
+from ..timeline import Span, Timeline
+from .measure import Stopwatch, gather, median
+from .overlap_pieces import Operation, OverlapPlan, Piece, Pieces
+
+_WARMUP = 2
+_RECORDED = 3
+BESIDE_SMS = (4, 8, 12, 16, 24)
+COMMUNICATION = ("moe_ep.dispatch", "moe_ep.combine")
+EXPERTS = "moe_ep.experts.matmul"
+
+
+@dataclass(frozen=True)
+class Run:
+    """``us`` of one run, and what of it lies in communication and in the routed experts' matrix products, beside each
+    other or not; ``peak_bytes``: the most memory, weights included.
+    """
+
+    us: float
+    communication_us: float
+    experts_us: float
+    peak_bytes: int
+
+
+@dataclass(frozen=True)
+class Hidden:
+    """A piece with ``num_sms`` SMs for communication beside computation (None: the library's choice), slowest rank's.
+
+    ``plain``: without overlap, with all SMs for communication. ``in_turn``: the overlapped calls, on one stream.
+    ``beside_us``: the computation that communication may hide behind.
+    """
+
+    piece: str
+    num_sms: int | None
+    plain: Run
+    in_turn: Run
+    overlapped: Run
+    beside_us: float
+
+    @property
+    def efficiency(self) -> float | None:
+        """Of hiding the plain run's communication, ``(t_comm + t_comp - t_both) / min(t_comm, t_comp)``; None where
+        there is nothing to hide, or to hide it behind.
+        """
+        return self._efficiency(self.plain)
+
+    @property
+    def efficiency_in_turn(self) -> float | None:
+        """The same against the overlapped run's own calls, whose communication takes fewer SMs and so more time."""
+        return self._efficiency(self.in_turn)
+
+    @property
+    def experts_slower(self) -> float | None:
+        """By how much the experts' products are, as a share; None where they are not told apart."""
+        before = self.plain.experts_us
+        return self.overlapped.experts_us / before - 1 if before else None
+
+    def _efficiency(self, serial: Run) -> float | None:
+        most = min(serial.communication_us, self.beside_us)
+        return (serial.us - self.overlapped.us) / most if most > 0 else None
+
+
+@dataclass(frozen=True)
+class Beside:
+    """The experts' forward under communication from its beginning to its end, with ``num_sms`` SMs; us, slowest rank's.
+
+    ``left_free_us``: with as many SMs left free, and no communication; ``kept_us``: beside it, with none left free.
+    """
+
+    num_sms: int
+    alone_us: float
+    left_free_us: float
+    beside_us: float
+    kept_us: float
+    dispatch_alone_us: float
+    dispatch_beside_us: float
+
+    @property
+    def slower(self) -> float:
+        return self.beside_us / self.alone_us - 1
+
+
+class OverlapBench:
+    """Measures on one communicator; every rank does the same."""
+
+    def __init__(self, plan: OverlapPlan, comm: Communicator, device: torch.device) -> None:
+        self.plan, self.comm, self.device = plan, comm, device
+        self.pieces = Pieces(plan, comm, device)
+        self.timeline = Timeline(device)
+        self._watch = Stopwatch(device)
+        self._plain: dict[Operation, Run] = {}
+
+    def run(self, machine: dict[str, Any]) -> dict[str, Any]:
+        """Everything, as JSON's types; collective."""
+        beside = self.beside() if self.device.type == "cuda" else []
+        hidden = [each for piece in self.pieces for each in self.hidden(piece)]
+        return dict(
+            kind="overlap",
+            machine=machine,
+            sizes=asdict(self.plan),
+            ranks=self.comm.size,
+            backend=self.comm.backend,
+            hidden=[
+                dict(
+                    asdict(each),
+                    efficiency=each.efficiency,
+                    efficiency_in_turn=each.efficiency_in_turn,
+                    experts_slower=each.experts_slower,
+                )
+                for each in hidden
+            ],
+            beside=[dict(asdict(each), slower=each.slower) for each in beside],
+            spans=gather([asdict(span) for span in self.timeline.spans()]),
+        )
+
+    def hidden(self, piece: Piece) -> list[Hidden]:
+        """One for each number of SMs."""
+        if piece.plain not in self._plain:
+            self._plain[piece.plain] = self._measure(piece.plain)
+            self._keep(piece.plain)
+        plain = self._plain[piece.plain]
+        beside_us = max(plain.us - plain.communication_us, 0.0)
+        if piece.beside is not None:
+            beside_us = min(beside_us, self._time(piece.beside))
+        results = []
+        for num_sms in self.plan.num_sms:
+            self.pieces.set_num_sms(num_sms)
+            in_turn = self._measure(piece.overlapped(True))
+            overlapped = self._measure(piece.overlapped(False))
+            self._keep(piece.overlapped(False), "" if num_sms is None else f", {num_sms} SMs")
+            results.append(Hidden(piece.name, num_sms, plain, in_turn, overlapped, beside_us))
+        self.pieces.set_num_sms(None)
+        return results
+
+    def _keep(self, operation: Operation, how: str = "") -> None:
+        """A run in the timeline, under the operation's name and ``how`` in brackets."""
+        if operation.name is not None:
+            name = f"[{operation.name}{how}]"
+            self._once(operation, lambda run: self._record(run, self.timeline, name))
+
+    def _measure(self, operation: Operation) -> Run:
+        on_gpu = self.device.type == "cuda"
+        gc.collect()  # what was run before
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats(self.device)
+        us = self._time(operation)
+        peak = torch.cuda.max_memory_allocated(self.device) if on_gpu else 0
+        totals = []
+        for _ in range(_RECORDED):
+            timeline = Timeline(self.device)
+            self._once(operation, lambda run, timeline=timeline: self._record(run, timeline))
+            spans = timeline.spans()
+            totals.append([_total(spans, prefix) for prefix in (COMMUNICATION, EXPERTS)])
+        mine = [median(list(each)) for each in zip(*totals, strict=True)]
+        us, communication_us, experts_us, peak = (
+            max(values) for values in zip(*gather([us, *mine, peak]), strict=True)
+        )
+        return Run(us, communication_us, experts_us, peak)
+
+    def _time(self, operation: Operation) -> float:
+        times = [
+            self._once(operation, lambda run, i=i: self._watch.device_us(lambda _: run(), i))
+            for i in range(_WARMUP + self.plan.iterations)
+        ]
+        return max(gather(median(times[_WARMUP:])))
+
+    def _once(self, operation: Operation, how: Callable[[Callable[[], object]], Any]) -> Any:
+        prepared = operation.prepare()
+        return how(lambda: operation.run(prepared))
+
+    def _record(self, run: Callable[[], object], timeline: Timeline, name: str = "[run]") -> None:
+        self._watch.begin_together()
+        with timeline, named_range(name):
+            run()
+
+    @torch.no_grad()
+    def beside(self) -> list[Beside]:
+        layer, x = self.pieces.layer, self.pieces._x
+        routed = layer.router(x)
+        out = layer.dispatcher.dispatch(x, routed.topk_idx, routed.topk_weights)
+        available = self.comm.available_sms or max(BESIDE_SMS)
+        results = []
+        for num_sms in (n for n in BESIDE_SMS if n <= available):
+
+            def experts() -> None:
+                layer.run_experts(out)
+
+            def dispatch(num_sms=num_sms) -> None:
+                fp8 = self.plan.config(self.device).fp8
+                functional.dispatch(x, None, None, self.comm, handle=out.handle, fp8=fp8, num_sms=num_sms)
+
+            alone_us = self._time(Operation(lambda _: experts()))
+            dispatch_us = self._time(Operation(lambda _: dispatch()))
+            with leave_free(num_sms):
+                left_free_us = self._time(Operation(lambda _: experts()))
+            calls = max(2, round(3 * alone_us / dispatch_us))
+            beside_us, dispatch_beside_us = self._both(experts, dispatch, calls, num_sms)
+            kept_us, _ = self._both(experts, dispatch, calls, 0)
+            mine = num_sms, alone_us, left_free_us, beside_us, kept_us, dispatch_us, dispatch_beside_us
+            results.append(Beside(*mine))
+        return results
+
+    def _both(
+        self, experts: Callable[[], None], dispatch: Callable[[], None], calls: int, left_free: int
+    ) -> tuple[float, float]:
+        """Times of the experts and of one dispatch, with ``calls`` dispatches around the experts."""
+        computing, communicating = torch.cuda.current_stream(), self.comm.stream(self.device)
+        found = []
+        for _ in range(_WARMUP + self.plan.iterations):
+            events = [torch.cuda.Event(enable_timing=True) for _ in range(4)]
+            self._watch.begin_together()
+            communicating.wait_stream(computing)
+            with torch.cuda.stream(communicating):
+                events[0].record()
+                for _ in range(calls):
+                    dispatch()
+                events[1].record()
+            torch.cuda._sleep(100_000)  # so that communication is under way
+            with leave_free(left_free):
+                events[2].record()
+                experts()
+                events[3].record()
+            computing.wait_stream(communicating)
+            torch.cuda.synchronize()
+            found.append([b.elapsed_time(e) * 1e3 for b, e in (events[2:], events[:2])])
+        times = [median(list(each)) for each in zip(*found[_WARMUP:], strict=True)]
+        experts_us, dispatches_us = (max(each) for each in zip(*gather(times), strict=True))
+        return experts_us, dispatches_us / calls
+
+
+def _total(spans: list[Span], prefix: str | tuple[str, ...]) -> float:
+    return sum(span.end_us - span.begin_us for span in spans if span.name.startswith(prefix))
