@@ -13,7 +13,16 @@ import torch.distributed as dist
 from .. import Communicator, machine
 from ..errors import InvalidInput
 from ..launch import init_process_group, inside_launch, spawn
-from . import arguments, collective, collective_report, layer_command, overlap_command, picture, table
+from . import (
+    arguments,
+    collective,
+    collective_report,
+    layer_command,
+    low_latency,
+    overlap_command,
+    picture,
+    table,
+)
 from .plan import Sweep
 from .results import Results, write
 from .sweep import Bench
@@ -43,12 +52,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here too")
     parser.add_argument("--png", type=Path, metavar="FILE", help="draw the results here")
     layer_command.add_arguments(parser)
+    low_latency.add_arguments(parser)
     overlap_command.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     if args.layer:
         return layer_command.run(args)
+    if args.low_latency:
+        return low_latency.run(args)
     if args.overlap:
         return overlap_command.run(args)
     if args.trace is not None:

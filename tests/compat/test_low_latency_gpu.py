@@ -92,14 +92,14 @@ def test_fp8_is_that_of_the_operators():
     x = torch.randn(6, 400) * torch.logspace(-38, 38, 6).unsqueeze(1)
     x[:, 128:256] = 0
     x = x.bfloat16()
-    ids = torch.arange(6).unsqueeze(1) % 4
+    ids = torch.arange(6).unsqueeze(1)
 
     def fn(group, device):
         buffer = deep_ep.Buffer(group, low_latency_mode=True)
         results = []
         for rounded in (False, True):
             (data, scales), *_ = buffer.low_latency_dispatch(
-                x.to(device), ids.to(device), 6, 4, round_scale=rounded
+                x.to(device), ids.to(device), 6, 6, round_scale=rounded
             )
             settle(device)
             results += [part.cpu() for part in (data.view(torch.uint8)[:, :1], scales[:, :1])]
