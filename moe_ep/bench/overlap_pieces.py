@@ -24,12 +24,14 @@ _DEEPSEEK_V3 = {
     "v_head_dim": 128,
     "moe_ffn_hidden": 2048,
     "shared_ffn_hidden": 2048,
+    "num_groups": 8,
+    "topk_groups": 4,
 }
 
 
 @dataclass(frozen=True)
 class OverlapPlan:
-    """``num_tokens`` of each rank and micro-batch; ``dtype`` "fp8" moves, and where the layers can computes in, FP8.
+    """``num_tokens`` of each rank and micro-batch; with ``dtype`` "fp8" rows travel, and experts compute, in FP8.
 
     ``num_sms``: of communication beside computation, each to be measured; None: the communicator's choice.
     """
@@ -63,8 +65,11 @@ class OverlapPlan:
             num_experts=self.num_experts,
             num_topk=self.num_topk,
             max_seq_len=self.num_tokens,
+            routed_scaling=2.5,
+            expert_alignment=16,
             fp8=fp8,
             fp8_backward=fp8,
+            fp8_experts=fp8,
             **widths,
         )
 
