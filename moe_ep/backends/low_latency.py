@@ -102,8 +102,9 @@ class LowLatency:
         statistics: int32 ``[L]`` to which the counts are added. apart: what is received is there only after a call of
         the third result; else that is None.
         """
-        calls = self._calls(shape)
+        self._nvlink._check_device(x)
         self._check_topk(topk_idx)
+        calls = self._calls(shape)
         receive_turn = calls.dispatches.begin(apart)
         num_local, capacity = shape.num_experts // self.size, self.size * shape.max_tokens
         rows_dtype = torch.bfloat16 if format == "bfloat16" else torch.float8_e4m3fn
