@@ -1,18 +1,25 @@
-"""Overlapped MoE layers on a GPU: which stream each call runs on, and the serial run's bits whatever the delays."""
+"""Overlap on a GPU: which stream each call runs on, and the serial run's bits whatever the delays.
 
-import contextlib
+``OVERLAP_STEPS`` shortens the long runs (default 2,000 steps for each mode).
+"""
+
 import os
-import random
 import threading
-from dataclasses import replace
 
 import pytest
 import torch
-from exercise import settle
-from overlap_cases import CONFIG, make_input, run
+from overlap_stress import (
+    HOW,
+    MODES,
+    before_each_call,
+    count_differences,
+    make_step,
+    random_delays,
+    sizes,
+)
+from processes import run_cuda
 
 import moe_ep
-from moe_ep.layers import MoELayer
 from moe_ep.testing import run_ranks
 
 # Kernels of virtual ranks wait for each other; CUDA has to know before its first call (moe_ep.testing).
@@ -25,96 +32,63 @@ pytestmark = [
 ]
 
 NUM_RANKS = 2
-STEPS = 40
-LONGEST_DELAY = 200_000  # clock cycles, about 0.1 ms: more than any call here takes
-HOW = {
-    "bf16": {},
-    "fp8": {"fp8": "blockwise", "fp8_backward": "blockwise"},
-    "static": {"max_recv_rows": 64, "expert_alignment": 8},
-}
-"""Not the rank layout: its backward waits for the device, in the one thread that launches those of all ranks here."""
+STEPS = int(os.environ.get("OVERLAP_STEPS", "2000"))
 
 
-def ranks(config, fn):
-    limit = {"max_tokens_per_rank": 8, "num_experts": config.num_experts, "num_topk": config.num_topk}
-    return run_ranks(NUM_RANKS, fn, device="cuda", hidden=config.hidden, timeout_s=20.0, **limit)
+def ranks(mode, fn):
+    return run_ranks(NUM_RANKS, fn, device="cuda", timeout_s=20.0, **sizes(mode))
 
 
-def make_layer(comm, config):
-    layer = MoELayer(config, comm, seed=5, device="cuda", dtype=torch.bfloat16)
-    return layer, make_input(comm, config, torch.bfloat16, "cuda")
-
-
-@contextlib.contextmanager
-def before_each_call(monkeypatch, before):
-    """``before(name)`` on the stream of every dispatch, combine and product of the experts, in both directions."""
-
-    def wrapped(name, function):
-        def call(*args):
-            before(name)
-            return function(*args)
-
-        return call
-
-    grouped_mm = torch.nn.functional.grouped_mm
-    with monkeypatch.context() as patch:
-        for name in ("dispatch", "combine"):
-            patch.setattr(moe_ep.ops, name, wrapped(name, getattr(moe_ep.ops, name)))
-        patch.setattr(
-            torch.nn.functional,
-            "grouped_mm",
-            lambda *args, **options: (before("experts"), grouped_mm(*args, **options))[1],
-        )
-        yield
-
-
-@pytest.mark.parametrize("chunks", [1, 3])
-def test_streams(chunks, monkeypatch):
-    seen = {"forward": set(), "backward": set()}
-    direction = "forward"
+@pytest.mark.parametrize("mode", MODES)
+def test_streams(mode):
+    """Communication has a stream of its own in both directions, and computation keeps the caller's."""
+    seen = set()
     turn = threading.Barrier(NUM_RANKS)
 
     def before(name):
-        seen[direction].add((name, torch.cuda.current_stream().cuda_stream))
+        seen.add((name, torch.cuda.current_stream().cuda_stream))
 
     def fn(comm):
-        nonlocal direction
-        layer, x = make_layer(comm, CONFIG)
-        y, _ = layer(x, overlap_chunks=chunks)
+        step = make_step(comm, mode, "bf16")
+        step(one_stream=False)
         turn.wait()
-        direction = "backward"
-        y.sum().backward()
-        return comm.stream(x.device).cuda_stream, torch.cuda.current_stream().cuda_stream
+        device = torch.device("cuda", torch.cuda.current_device())
+        return comm.stream(device).cuda_stream, torch.cuda.current_stream().cuda_stream
 
-    with before_each_call(monkeypatch, before):
-        streams = ranks(CONFIG, fn)
+    with before_each_call(before):
+        streams = ranks(mode, fn)
     expected = set()
     for communication, computation in streams:
         assert communication != computation
         expected |= {("dispatch", communication), ("combine", communication), ("experts", computation)}
-    assert seen == {"forward": expected, "backward": expected}
+    assert seen == expected
 
 
-@pytest.mark.parametrize("chunks", [1, 2, 4])
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("how", HOW)
-def test_delays_change_no_bit(how, chunks, monkeypatch):
-    """Against the same calls on one stream, which can't overtake each other."""
-    config = replace(CONFIG, **HOW[how])
-    cycles = random.Random(0)
+def test_delays_change_no_bit(how, mode):
+    with random_delays():
+        assert ranks(mode, lambda comm: count_differences(comm, mode, how, STEPS)) == [0] * NUM_RANKS
 
-    def step(layer, x):
-        outputs, grads = run(layer, x, chunks)
-        settle("cuda")
-        return [*outputs, *grads.values()]
 
-    def fn(comm):
-        layer, x = make_layer(comm, config)
-        with monkeypatch.context() as patch:
-            patch.setattr(comm, "stream", torch.cuda.current_stream)
-            expected = step(layer, x)
-        for _ in range(STEPS):
-            got = step(layer, x)
-            assert all(map(torch.equal, got, expected))
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs 2 GPUs")
+def test_delays_change_no_bit_between_gpus():
+    expected = {f"{mode}, {how}": 0 for mode in MODES for how in HOW}
+    assert run_cuda(2, stress_all, STEPS, timeout_s=1700.0) == [expected] * 2
 
-    with before_each_call(monkeypatch, lambda _: torch.cuda._sleep(cycles.randrange(LONGEST_DELAY))):
-        ranks(config, fn)
+
+def stress_all(steps):
+    """On one of the ranks with a GPU each."""
+    different = {}
+    for mode in MODES:
+        for how in HOW:
+            with (
+                moe_ep.Communicator(timeout_s=20.0, backend="nvlink", **sizes(mode)) as comm,
+                random_delays(),
+            ):
+                different[f"{mode}, {how}"] = count_differences(comm, mode, how, steps)
+    return different
