@@ -1,11 +1,14 @@
 """The schedule of micro-batches against plain autograd, one micro-batch after the other."""
 
+import weakref
 from dataclasses import replace
 
 import pytest
 import torch
 
-from moe_ep.layers import MicroBatchSchedule, ModelConfig
+from moe_ep.errors import InvalidInput
+from moe_ep.layers import MicroBatchSchedule, ModelConfig, WeightGradStore
+from moe_ep.layers.block_pass import BlockPass
 from moe_ep.layers.model import DeepSeekModel
 from moe_ep.testing import run_ranks
 
@@ -107,3 +110,72 @@ def test_dtypes_and_numbers_of_micro_batches(dtype, count):
         assert_equal(run(model, batches, side_by_side), run(model, batches, in_turn))
 
     ranks(CONFIG, 2, fn)
+
+
+def test_order_of_calls(monkeypatch):
+    """Of a pair of blocks in the midst; what lies between a call and the wait for it can run beside it."""
+    calls = []
+    names = {
+        "combine_backward": "C'",
+        "shared_expert_backward": "S'",
+        "attend": "A",
+        "shared_expert": "S",
+        "experts_backward": "E'",
+        "dispatch": "D",
+        "dispatch_backward": "D'",
+        "experts": "E",
+        "combine": "C",
+        "attend_backward": "A'",
+    }
+
+    def log(name, method):
+        def call(self, *args, **options):
+            calls.append(name)
+            return method(self, *args, **options)
+
+        return call
+
+    for method, name in names.items():
+        monkeypatch.setattr(BlockPass, method, log(name, getattr(BlockPass, method)))
+    monkeypatch.setattr(WeightGradStore, "run", log("W", WeightGradStore.run))
+
+    class Logged(MicroBatchSchedule):
+        def run_pair(self, forward, backward):
+            calls.append("|")
+            super().run_pair(forward, backward)
+
+    def fn(comm):
+        config = replace(CONFIG, num_layers=2, num_dense_layers=0, mtp_layers=0)
+        Logged(make(comm, config)).step(micro_batches(0, 2))
+
+    ranks(CONFIG, 1, fn)
+    forward, pair, backward = "A S D E C", "C' S' A S E' D D' W E C A' W", "C' S' E' D' W A' W"
+    assert " ".join(calls) == " ".join(f"| {one} | {one}" for one in (forward, pair, backward))
+
+
+def test_nothing_of_a_micro_batch_is_kept():
+    def fn(comm):
+        model = make(comm, CONFIG)
+        schedule = MicroBatchSchedule(model)
+        first, second = (schedule.make_pass(*each, share=2) for each in micro_batches(0, 2))
+        schedule.run(first, None)
+        block = first.blocks[1]
+        rows = weakref.ref(block._experts[2])
+        schedule.run(second, first)
+        assert first.blocks == [] and len(schedule.store) == 0
+        assert rows() is None
+        schedule.run(None, second)
+
+    ranks(CONFIG, 1, fn)
+
+
+def test_bad_tokens_are_refused_before_anything_is_run():
+    def fn(comm):
+        model = make(comm, CONFIG)
+        good, bad = micro_batches(0, 1)[0], torch.zeros(1, 17, dtype=torch.int64)
+        with pytest.raises(InvalidInput, match="max_seq_len = 16"):
+            MicroBatchSchedule(model).step([good, (bad, bad)])
+        assert all(p.grad is None for p in model.parameters())
+        return [router.tokens_per_expert.sum().item() for router in model.routers()]
+
+    assert ranks(CONFIG, 1, fn) == [[0, 0, 0]]
