@@ -34,7 +34,9 @@ def describe_run(
         f"{c.num_layers} layers ({c.num_moe_layers} MoE), hidden {c.hidden}, "
         f"{c.num_experts} experts, top-{c.num_topk}, {c.mtp_layers} MTP",
         f"{world_size} rank{'s' if world_size > 1 else ''} ({where}), {c.num_experts // ep_size} experts on each: "
-        f"expert-parallel size {ep_size}" + (f", FP8 {c.fp8} on the wire" if c.fp8 else ""),
+        f"expert-parallel size {ep_size}"
+        + (f", FP8 {c.fp8} on the wire" if c.fp8 else "")
+        + (f", {config.num_micro_batches} micro-batches side by side" if config.micro_batch_overlap else ""),
         corpus.describe(),
         f"writing to {out}",
     ]
