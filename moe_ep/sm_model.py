@@ -16,17 +16,17 @@ from dataclasses import dataclass
 
 LINK_GBPS = 366.0
 """Of one direction between two GPUs over NVLink 4, with both busy."""
-STORE_GBPS = 61.0
+STORE_GBPS = 53.0
 """What one SM stores."""
 LOAD_GBPS = 170.0
 """What one SM loads."""
-ADD_GBPS = 55.0
+ADD_GBPS = 70.0
 """What one SM loads and adds up."""
 SLACK = 0.75
 OVERLAPPED_SMS = 24
 MOST_SENDERS = 24
-WARPS = 12
-"""Of a kernel, on each multiprocessor: a warp that sends keeps to one peer where rings are short."""
+WARPS = 11
+"""Of a combine kernel, on each multiprocessor: a warp that sends keeps to one peer where rings are short."""
 _STEP = 4
 
 
@@ -89,11 +89,9 @@ def split(work: Work, num_sms: int) -> tuple[int, int]:
     if work.num_ranks == 1:
         return num_sms, 0
     num_sms = max(2, num_sms)
-    if work.op == "dispatch":
-        senders = min(0.42 * num_sms, 6.5 + 0.14 * num_sms)
-    elif work.layout == "rank":
-        senders = min(0.34 * num_sms, 5 + 0.145 * num_sms)
+    if work.op == "combine" and work.layout == "expert":
+        senders = 0.6 * num_sms
     else:
-        senders = 0.55 * num_sms
+        senders = min(0.42 * num_sms, 6.6 + 0.1 * num_sms)
     senders = max(1, min(int(senders), MOST_SENDERS), -(-(work.num_ranks - 1) // WARPS))
     return max(num_sms, senders + 1), senders

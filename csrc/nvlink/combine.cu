@@ -9,11 +9,11 @@
 namespace moe_ep::nvlink {
 namespace {
 
-constexpr int kWarps = 12;
-constexpr int kMaxStages = 8;
+constexpr int kWarps = 11;
 constexpr int kVectors = 7;  // 16-byte words of a segment that each lane adds up
 constexpr int kSegmentBytes = 32 * 16 * kVectors;
 constexpr int kSharedBytes = 226 * 1024;
+constexpr int kStages = kSharedBytes / kWarps / kSegmentBytes - 1;
 
 struct Launch {
   Combine combine;
@@ -21,51 +21,93 @@ struct Launch {
   BeltShape belt;
 };
 
-// Two numbers rounded to T, as they lie in memory.
+// The numbers of a 4-byte word, and words of rounded numbers.
 template <typename T>
-struct Pair;
+struct Word;
 template <>
-struct Pair<__nv_bfloat16> {
-  __device__ static __nv_bfloat162 round(float low, float high) { return __floats2bfloat162_rn(low, high); }
-};
-template <>
-struct Pair<__half> {
-  __device__ static __half2 round(float low, float high) { return __floats2half2_rn(low, high); }
-};
-template <>
-struct Pair<float> {
-  __device__ static float2 round(float low, float high) { return make_float2(low, high); }
-};
-
-// 16 bytes of a row as float32 numbers that are added to.
-template <typename T>
-struct Sum {
-  static constexpr int kElements = 16 / sizeof(T);
-  float at[kElements];
-
-  // The first term, which a sum starts from; then more.
-  __device__ __forceinline__ void set(uint4 word) {
-    T values[kElements];
-    memcpy(values, &word, sizeof(word));
-#pragma unroll
-    for (int i = 0; i < kElements; ++i) at[i] = to_float(values[i]);
+struct Word<__nv_bfloat16> {
+  static constexpr int kNumbers = 2;
+  __device__ static float number(unsigned int word, int i) {
+    return __uint_as_float(i == 0 ? word << 16 : word & 0xFFFF0000u);
   }
-
-  __device__ __forceinline__ void add(uint4 word) {
-    T values[kElements];
-    memcpy(values, &word, sizeof(word));
-#pragma unroll
-    for (int i = 0; i < kElements; ++i) at[i] = __fadd_rn(at[i], to_float(values[i]));
-  }
-
-  __device__ __forceinline__ uint4 rounded() const {
-    decltype(Pair<T>::round(0, 0)) pairs[kElements / 2];
-#pragma unroll
-    for (int i = 0; i < kElements / 2; ++i) pairs[i] = Pair<T>::round(at[2 * i], at[2 * i + 1]);
-    uint4 word;
-    memcpy(&word, pairs, sizeof(word));
+  __device__ static unsigned int round(const float* numbers) {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(numbers[0], numbers[1]);
+    unsigned int word;
+    memcpy(&word, &pair, sizeof(word));
     return word;
   }
+};
+template <>
+struct Word<__half> {
+  static constexpr int kNumbers = 2;
+  __device__ static float number(unsigned int word, int i) {
+    __half2 pair;
+    memcpy(&pair, &word, sizeof(word));
+    return i == 0 ? __low2float(pair) : __high2float(pair);
+  }
+  __device__ static unsigned int round(const float* numbers) {
+    const __half2 pair = __floats2half2_rn(numbers[0], numbers[1]);
+    unsigned int word;
+    memcpy(&word, &pair, sizeof(word));
+    return word;
+  }
+};
+template <>
+struct Word<float> {
+  static constexpr int kNumbers = 1;
+  __device__ static float number(unsigned int word, int) { return __uint_as_float(word); }
+  __device__ static unsigned int round(const float* numbers) { return __float_as_uint(numbers[0]); }
+};
+
+// Sums, in float32, of the numbers that a lane has of row segments: kVectors times 16 bytes.
+template <typename T>
+class Sums {
+ public:
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+#pragma unroll
+      for (float& number : at_[v]) number = 0.0f;
+    }
+  }
+
+  // The first term, which a sum starts from; then more. `words`: this lane's.
+  __device__ __forceinline__ void set(SharedAddress words) {
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+      const uint4 word = load_shared(words + 512 * v);
+      for_each(word, [&](int i, float number) { at_[v][i] = number; });
+    }
+  }
+
+  __device__ __forceinline__ void add(SharedAddress words) {
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+      const uint4 word = load_shared(words + 512 * v);
+      for_each(word, [&](int i, float number) { at_[v][i] = __fadd_rn(at_[v][i], number); });
+    }
+  }
+
+  __device__ __forceinline__ uint4 rounded(int v) const {
+    constexpr int kNumbers = Word<T>::kNumbers;
+    return make_uint4(Word<T>::round(at_[v]), Word<T>::round(at_[v] + kNumbers),
+                      Word<T>::round(at_[v] + 2 * kNumbers), Word<T>::round(at_[v] + 3 * kNumbers));
+  }
+
+ private:
+  template <typename Use>
+  static __device__ __forceinline__ void for_each(uint4 word, Use&& use) {
+    constexpr int kNumbers = Word<T>::kNumbers;
+#pragma unroll
+    for (int i = 0; i < kNumbers; ++i) {
+      use(i, Word<T>::number(word.x, i));
+      use(kNumbers + i, Word<T>::number(word.y, i));
+      use(2 * kNumbers + i, Word<T>::number(word.z, i));
+      use(3 * kNumbers + i, Word<T>::number(word.w, i));
+    }
+  }
+
+  float at_[kVectors][16 / sizeof(T)];
 };
 
 // What all jobs know.
@@ -90,114 +132,42 @@ struct Context {
   }
 };
 
-// 16 bytes at once, which the compiler would take apart.
-__device__ __forceinline__ uint4 load_shared(const char* from) {
-  uint4 word;
-  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(word.x), "=r"(word.y), "=r"(word.z), "=r"(word.w)
-               : "r"(bulk::shared_address(from)));
-  return word;
-}
-
-__device__ __forceinline__ void store_shared(char* to, uint4 word) {
-  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(bulk::shared_address(to)), "r"(word.x),
-               "r"(word.y), "r"(word.z), "r"(word.w)
-               : "memory");
-}
-
-// Where a warp puts its sums, a segment at a time, to leave by bulk stores.
-class Outlet {
+// Gives this lane's words of an item's row segments, one after another. More are loaded every second time,
+// which costs less; what was taken before is free then.
+template <typename LoadAhead>
+class Segments {
  public:
-  __device__ explicit Outlet(char* stage) : stage_(stage) {}
+  __device__ Segments(Belt& belt, LoadAhead& load_ahead) : belt_(belt), load_ahead_(load_ahead) {}
 
-  // Lanes may write the stage once it is `open`; then they `send` it.
-  __device__ __forceinline__ char* open() const {
-    if (threadIdx.x % 32 == 0) bulk::wait_until_read<0>();
-    __syncwarp();
-    return stage_;
+  __device__ __forceinline__ SharedAddress next() {
+    if (taken_++ % 2 == 0) load_ahead_();
+    return belt_.take() + 16 * (threadIdx.x % 32);
   }
-
-  __device__ __forceinline__ void send(char* to, int bytes) {
-    bulk::fence_shared();
-    __syncwarp();
-    if (threadIdx.x % 32 == 0) {
-      bulk::store(to, stage_, bytes);
-      bulk::close_group();
-    }
-    announcer.count_group();
-  }
-
-  Announcer announcer;
 
  private:
-  char* stage_;
+  Belt& belt_;
+  LoadAhead& load_ahead_;
+  int taken_ = 0;
 };
 
-// Takes the next segment off the belt for `add(v, word)`: each lane has kVectors words of it.
-template <typename LoadAhead, typename Add>
-__device__ __forceinline__ void take_words(Belt& belt, LoadAhead& load_ahead, Add&& add) {
-  __syncwarp();  // all lanes have read the segment before
-  load_ahead();
-  const char* words = belt.take() + 16 * (threadIdx.x % 32);
-#pragma unroll
-  for (int v = 0; v < kVectors; ++v) add(v, load_shared(words + 512 * v));
+// Sets the sums to those of `terms` segments: words_of(0), words_of(1)...
+template <typename T, typename WordsOf>
+__device__ __forceinline__ void add_up(Sums<T>& sums, int terms, WordsOf&& words_of) {
+  if (terms == 0) return sums.clear();
+  sums.set(words_of(0));
+#pragma unroll 1
+  for (int i = 1; i < terms; ++i) sums.add(words_of(i));
 }
 
-// The words of a segment of what this rank adds: its rows' sum, rounded; zeros if it has none.
-template <typename T, typename LoadAhead>
-__device__ __forceinline__ void add_own_rows(unsigned int lanes, Belt& belt, LoadAhead& load_ahead,
-                                             uint4 (&words)[kVectors]) {
-  if (lanes == 0) {
-#pragma unroll
-    for (int v = 0; v < kVectors; ++v) words[v] = make_uint4(0, 0, 0, 0);
-    return;
-  }
-  Sum<T> sum[kVectors];
-  take_words(belt, load_ahead, [&](int v, uint4 word) { sum[v].set(word); });
-  for (unsigned int left = lanes & (lanes - 1); left; left &= left - 1) {
-    take_words(belt, load_ahead, [&](int v, uint4 word) { sum[v].add(word); });
-  }
-#pragma unroll
-  for (int v = 0; v < kVectors; ++v) words[v] = sum[v].rounded();
-}
-
-// Writes a segment of `bytes` from the lanes' words, with `numbers` of the lanes behind it.
-__device__ __forceinline__ void write_words(const uint4 (&words)[kVectors], char* to, int bytes, int numbers,
-                                            float number, Outlet& outlet) {
-  const int lane = threadIdx.x % 32;
-  char* stage = outlet.open();
+// Writes the lanes' words of a segment of `bytes`: word(v) is the v-th.
+template <typename WordOf>
+__device__ __forceinline__ void write_words(char* to, int bytes, WordOf&& word) {
+  to += 16 * (threadIdx.x % 32);
+  bytes -= 16 * (threadIdx.x % 32);
 #pragma unroll
   for (int v = 0; v < kVectors; ++v) {
-    const int at = 512 * v + 16 * lane;
-    if (at < bytes) store_shared(stage + at, words[v]);
+    if (512 * v < bytes) *reinterpret_cast<uint4*>(to + 512 * v) = word(v);
   }
-  if (numbers) {
-    if (lane < numbers) reinterpret_cast<float*>(stage + bytes)[lane] = number;
-    bytes += static_cast<int>(align16(4 * numbers));
-  }
-  outlet.send(to, bytes);
-}
-
-// Sends the next segment as it is.
-template <typename LoadAhead>
-__device__ __forceinline__ void forward(char* to, int bytes, int numbers, float number, Belt& belt,
-                                        Outlet& outlet, LoadAhead& load_ahead) {
-  const int lane = threadIdx.x % 32;
-  __syncwarp();
-  load_ahead();
-  char* stage = belt.take();
-  if (numbers) {
-    if (lane < numbers) reinterpret_cast<float*>(stage + bytes)[lane] = number;
-    bulk::fence_shared();
-    __syncwarp();
-    bytes += static_cast<int>(align16(4 * numbers));
-  }
-  if (lane == 0) {
-    bulk::store(to, stage, bytes);
-    bulk::close_group();
-  }
-  belt.was_forwarded();
-  outlet.announcer.count_group();
 }
 
 // Adds up the rows that this rank has for the tokens of others, and writes the sums into their windows.
@@ -207,11 +177,11 @@ struct Send {
     Rows rows;
     float weight;  // of this lane's k
     int peer, index;
-    bool ends_chunk;
+    int signal;  // or -1: of its chunk, if it is the last row of it
   };
 
   const Context& context;
-  Outlet& outlet;
+  const Mailbox& mailbox;
   Chunks chunks;
   int place = 0;  // in the chunk
   int row;        // of the next item, for this lane's k
@@ -219,10 +189,10 @@ struct Send {
   bool failed = false;
 
   // Where rings take several rounds, each warp keeps to one rank, so that it waits for no other.
-  __device__ Send(const Context& context, const Crew& crew, Outlet& outlet)
+  __device__ Send(const Context& context, const Crew& crew, const Mailbox& mailbox)
       : context(context),
-        outlet(outlet),
-        chunks(context.group, context.tables.recv_count, false,
+        mailbox(mailbox),
+        chunks(context.group, context.slots, context.tables.recv_count, false,
                context.slots.has_rounds ? Tasks(crew, context.group.size - 1)
                                         : Tasks(context.group, kSending, crew)) {
     row = row_of(chunks.current(), 0);
@@ -243,21 +213,22 @@ struct Send {
     const Chunks::Chunk chunk = chunks.current();
     const int round = context.slots.round(chunk.first);
     if (place == 0 && round > 0) {
-      if (wait) outlet.announcer.flush();
       const Fetched drained =
           warp_fetch_drained(context.group, context.call, chunk.rank, round, Phase::combine_send, wait);
       if (drained != Fetched::ready) return drained;
     }
     item.peer = chunk.rank;
     item.index = chunk.first + place;
-    item.ends_chunk = place + 1 == chunk.rows;
+    const bool ends_chunk = place + 1 == chunk.rows;
+    item.signal = ends_chunk ? chunk.signal : -1;
     const int64_t from = row;
-    place = item.ends_chunk ? 0 : place + 1;
-    if (item.ends_chunk) chunks.advance();
+    place = ends_chunk ? 0 : place + 1;
+    if (ends_chunk) chunks.advance();
     if (!chunks.at_end()) row = row_of(chunks.current(), place);  // of the item after this one
     const unsigned int here = __ballot_sync(kAllLanes, from >= 0);
-    item.rows = {context.combine.rows + from * context.combine.row_bytes, 0u, 0u, {}};
-    item.rows.lanes = context.combine.expert_layout ? here : here & -here;
+    const char* row_of_lane = context.combine.rows + from * context.combine.row_bytes;
+    item.rows = {append(row_of_lane, 0, row_of_lane, here),
+                 context.combine.expert_layout ? __popc(here) : min(__popc(here), 1)};
     item.weight = 0.0f;
     if (context.combine.row_weights != nullptr && from >= 0) {
       item.weight = context.weight_of(from, context.lane);
@@ -271,24 +242,36 @@ struct Send {
     if (!may_send) may_send = first_round_may_begin(context.group, context.call, Phase::combine_send);
     failed = !may_send;
     if (failed) return;
-    const Ring ring(context.group, item.peer, context.group.rank);
-    char* slot = ring.slot(context.slots, item.index);
-    const bool one_row = __popc(item.rows.lanes) == 1;
+    char* slot = Ring(context.group, item.peer, context.group.rank).slot(context.slots, item.index);
+    Segments<LoadAhead> segments(belt, load_ahead);
     for (int begin = 0; begin < belt.row_bytes(); begin += belt.segment_bytes()) {
       const int bytes = belt.bytes_from(begin);
-      const bool last = begin + bytes == belt.row_bytes();
-      const int numbers = last && context.combine.row_weights != nullptr ? context.group.num_topk : 0;
-      if (one_row) {
-        forward(slot + begin, bytes, numbers, item.weight, belt, outlet, load_ahead);
-      } else {
-        uint4 words[kVectors];
-        add_own_rows<T>(item.rows.lanes, belt, load_ahead, words);
-        write_words(words, slot + begin, bytes, numbers, item.weight, outlet);
+      if (item.rows.count == 1) {
+        const SharedAddress words = segments.next();
+        write_words(slot + begin, bytes, [&](int v) { return load_shared(words + 512 * v); });
+        continue;
       }
+      Sums<T> sums;
+      add_up(sums, item.rows.count, [&](int) { return segments.next(); });
+      write_words(slot + begin, bytes, [&](int v) { return sums.rounded(v); });
     }
-    if (item.ends_chunk) {
-      outlet.announcer.end_chunk(ring, context.slots, context.call, item.index / kChunk * kChunk);
+    if (context.combine.row_weights != nullptr && context.lane < context.group.num_topk) {
+      reinterpret_cast<float*>(slot + belt.row_bytes())[context.lane] = item.weight;
     }
+    if (item.signal >= 0) mailbox.announce(item.peer, item.signal, context.slots.round(item.index));
+  }
+};
+
+// Rows of which some, after the first `own`, are biases.
+struct RowsAndBiases {
+  const char* in_lane;  // the others
+  int count, own, num_biases;
+  const char* biases[kMaxBiases];
+
+  __device__ __forceinline__ const char* row(int i) const {
+    const int bias = i - own;
+    if (bias >= 0 && bias < num_biases) return bias == 0 ? biases[0] : biases[1];
+    return of_lane(in_lane, bias < 0 ? i : i - num_biases);
   }
 };
 
@@ -296,23 +279,28 @@ struct Send {
 template <typename T>
 struct Receive {
   struct Item {
-    // Rows that this rank has itself, `rows.lanes`, are added up in the order of k and rounded: what the rank
-    // adds, at the place of its last k, to what other ranks have added up, `rows.others`.
-    Rows rows;
-    unsigned int own_at;  // this rank's place among the lanes; 0: it adds nothing
-    float weight;         // of this lane's k
+    // First this rank's own rows, in the order of k, whose sum, rounded, is term `own_at`, if that is not
+    // negative. Then the other terms: biases, and by the order of their last k what other ranks have added
+    // up, or this rank's one row as it is.
+    RowsAndBiases rows;
+    int own_at, terms;
+    float weight;  // of this lane's k
     int token;
     int source;            // of this lane's row, or -1 for this rank
     unsigned int arrived;  // lanes whose row came from another rank
   };
 
   const Context& context;
-  Outlet& outlet;
+  const SharedAddress stash;  // of this lane: a segment of what this rank adds
+  const int num_biases;
   Tasks tokens;
   int entry;  // of the next token, for this lane's k
 
-  __device__ Receive(const Context& context, const Crew& crew, Outlet& outlet)
-      : context(context), outlet(outlet), tokens(context.group, kReceiving, crew) {
+  __device__ Receive(const Context& context, const Crew& crew, char* stash)
+      : context(context),
+        stash(bulk::shared_address(stash) + 16 * context.lane),
+        num_biases((context.combine.biases[0] != nullptr) + (context.combine.biases[1] != nullptr)),
+        tokens(context.group, kReceiving, crew) {
     entry = entry_of(tokens.current());
   }
 
@@ -340,7 +328,9 @@ struct Receive {
       const int arrival = index & ((1 << kArrivalBits) - 1);
       const Ring ring(group, group.rank, item.source);
       row = ring.slot(context.slots, arrival);
-      const uint64_t* signal = ring.signal(context.slots, arrival);
+      const Chunking chunking =
+          context.slots.chunking(context.tables.send_count[item.source], group.size - 1);
+      const uint64_t* signal = ring.signal(context.slots, chunking, arrival);
       const uint64_t stamp = context.call.stamp(context.slots.round(arrival) + 1);
       arrived = wait ? wait_for(signal, stamp, group, Phase::combine_receive, item.source)
                      : load_acquire(signal) >= stamp;
@@ -348,15 +338,23 @@ struct Receive {
     if (!__all_sync(kAllLanes, arrived)) return wait ? Fetched::failed : Fetched::not_yet;
     __syncwarp();
     bulk::fence_global();
-    item.rows = {row, 0u, 0u, {}};
     item.arrived = __ballot_sync(kAllLanes, remote && last);
-    item.own_at = __ballot_sync(kAllLanes, serves && !remote && last);
-    item.rows.lanes = __ballot_sync(kAllLanes, own && (combine.expert_layout || last));
-    item.rows.others = item.arrived;
-    if (item.rows.lanes == item.own_at) {  // one row, which is what it adds as it is
-      item.rows.others |= item.own_at;
-      item.rows.lanes = item.own_at = 0;
+    unsigned int own_last = __ballot_sync(kAllLanes, serves && !remote && last);
+    unsigned int own_rows = __ballot_sync(kAllLanes, own && (combine.expert_layout || last));
+    unsigned int others = item.arrived;
+    if (own_rows == own_last) {  // one row, which is what it adds as it is
+      others |= own_last;
+      own_rows = own_last = 0;
     }
+    const int num_own = __popc(own_rows), num_others = __popc(others);
+    item.own_at = own_last == 0 ? -1 : num_biases + __popc(others & (own_last - 1));
+    item.terms = num_biases + num_others + (own_last != 0);
+    const int64_t offset = tokens.current() * combine.row_bytes;
+    item.rows = {append(append(row, 0, row, own_rows), num_own, row, others),
+                 num_own + num_biases + num_others,
+                 num_own,
+                 num_biases,
+                 {combine.biases[0] + offset, combine.biases[1] + offset}};
     item.weight = 0.0f;
     if (combine.row_weights != nullptr) {
       if (remote)
@@ -369,55 +367,26 @@ struct Receive {
     return Fetched::ready;
   }
 
-  // Sets the totals of a segment to the biases' sum.
-  __device__ __forceinline__ void add_biases(int64_t offset, int bytes, Sum<T> (&total)[kVectors]) const {
-#pragma unroll
-    for (int b = 0; b < kMaxBiases; ++b) {
-      if (context.combine.biases[b] == nullptr) continue;
-#pragma unroll
-      for (int v = 0; v < kVectors; ++v) {
-        const int at = 512 * v + 16 * context.lane;
-        if (at >= bytes) continue;
-        const uint4 word = __ldcg(reinterpret_cast<const uint4*>(context.combine.biases[b] + offset + at));
-        b == 0 ? total[v].set(word) : total[v].add(word);
-      }
-    }
-  }
-
   template <typename LoadAhead>
   __device__ void process(const Item& item, Belt& belt, LoadAhead& load_ahead) {
     const Combine& combine = context.combine;
-    const int64_t offset = item.token * combine.row_bytes;
-    const bool has_biases = combine.biases[0] != nullptr;
-    const bool one_row = item.rows.lanes == 0 && item.own_at == 0 && __popc(item.rows.others) == 1;
+    char* out = combine.out + item.token * combine.row_bytes;
+    Segments<LoadAhead> segments(belt, load_ahead);
     for (int begin = 0; begin < belt.row_bytes(); begin += belt.segment_bytes()) {
       const int bytes = belt.bytes_from(begin);
-      if (one_row && !has_biases) {
-        forward(combine.out + offset + begin, bytes, 0, 0.0f, belt, outlet, load_ahead);
+      if (item.terms == 1 && item.own_at < 0) {
+        const SharedAddress words = segments.next();
+        write_words(out + begin, bytes, [&](int v) { return load_shared(words + 512 * v); });
         continue;
       }
-      uint4 words[kVectors];
-      if (item.own_at) add_own_rows<T>(item.rows.lanes, belt, load_ahead, words);
-      Sum<T> total[kVectors];
-      bool started = has_biases;
-      if (has_biases) add_biases(offset + begin, bytes, total);
-      for (unsigned int left = item.rows.others | item.own_at; left; left &= left - 1) {
-        if (left & -left & item.own_at) {
+      Sums<T> sums;
+      if (item.own_at >= 0) {
+        add_up(sums, item.rows.own, [&](int) { return segments.next(); });
 #pragma unroll
-          for (int v = 0; v < kVectors; ++v) started ? total[v].add(words[v]) : total[v].set(words[v]);
-        } else {
-          take_words(belt, load_ahead,
-                     [&](int v, uint4 word) { started ? total[v].add(word) : total[v].set(word); });
-        }
-        started = true;
+        for (int v = 0; v < kVectors; ++v) store_shared(stash + 512 * v, sums.rounded(v));
       }
-#pragma unroll
-      for (int v = 0; v < kVectors; ++v) {
-        const int at = 512 * v + 16 * context.lane;
-        if (at >= bytes) continue;
-        const uint4 word = started ? total[v].rounded() : make_uint4(0, 0, 0, 0);
-        *reinterpret_cast<uint4*>(combine.out + offset + begin + at) = word;
-      }
+      add_up(sums, item.terms, [&](int i) { return i == item.own_at ? stash : segments.next(); });
+      write_words(out + begin, bytes, [&](int v) { return sums.rounded(v); });
     }
     const int num_topk = context.group.num_topk;
     if (combine.row_weights != nullptr && context.lane < num_topk) {
@@ -431,28 +400,34 @@ struct Receive {
 };
 
 template <typename T>
-__global__ void __launch_bounds__(32 * kWarps, 1)
+__global__ void __launch_bounds__(32 * (kWarps + 1), 1)
     combine_kernel(const __grid_constant__ Group group, const __grid_constant__ Launch launch) {
   extern __shared__ __align__(128) char memory[];
-  __shared__ uint64_t barriers[kWarps][kMaxStages];
-  if (has_failed(group)) return;
+  __shared__ uint64_t barriers[kWarps][kStages];
+  __shared__ uint64_t notices[kWarps];
   const Call call{load_volatile(&group.workspace->calls)};
-  const Context context(group, launch, call);
+  if (has_failed(group)) return;
   const Crew crew(launch.combine.send_blocks);
-  const int warp = threadIdx.x / 32;
-  char* const stages = memory + warp * (launch.belt.stages + 1) * launch.belt.stage_bytes;
-  Belt belt(stages + launch.belt.stage_bytes, barriers[warp], launch.belt,
-            static_cast<int>(launch.combine.row_bytes));
-  Outlet outlet(stages);
-  if (crew.sends) {
-    Send<T> send(context, crew, outlet);
-    run_job(send, belt);
-    outlet.announcer.flush();
+  const Mailbox mailbox(notices, crew.warps);
+  if (!crew.is_herald()) {
+    const Context context(group, launch, call);
+    const int warp = threadIdx.x / 32;
+    char* const stash = memory + warp * (launch.belt.stages + 1) * launch.belt.segment_bytes;
+    Belt belt(stash + launch.belt.segment_bytes, barriers[warp], launch.belt,
+              static_cast<int>(launch.combine.row_bytes));
+    if (crew.sends) {
+      Send<T> send(context, crew, mailbox);
+      run_job(send, belt);
+      mailbox.close();
+    }
+    // Those that send help with the rest when they are done.
+    Receive<T> receive(context, crew, stash);
+    run_job(receive, belt);
+    belt.drain();
+  } else if (crew.sends) {
+    mailbox.deliver(group, call);
   }
-  // Those that send help with the rest when they are done.
-  Receive<T> receive(context, crew, outlet);
-  run_job(receive, belt);
-  belt.drain();
+  __syncwarp();
   finish_call(group, call);
 }
 
@@ -461,19 +436,16 @@ __global__ void __launch_bounds__(32 * kWarps, 1)
 Status launch_combine(const Group& group, const Combine& combine) {
   Launch launch{combine, {}, {}};
   const int numbers = combine.row_weights == nullptr ? 0 : group.num_topk;
-  launch.slots.bytes = align16(combine.row_bytes + 4 * numbers);
-  launch.slots.rows = ring_rows(group, launch.slots.bytes);
-  launch.slots.has_rounds = launch.slots.rows < group.max_tokens;
+  launch.slots = Slots(group, align16(combine.row_bytes + 4 * numbers));
   if (group.size > 1 && launch.slots.rows == 0) return ring_too_small(group, launch.slots.bytes);
-  launch.belt.segment_bytes = static_cast<int>(std::min<int64_t>(kSegmentBytes, combine.row_bytes));
-  launch.belt.stage_bytes = kSegmentBytes + static_cast<int>(align16(4 * numbers));
-  launch.belt.stages = std::min(kMaxStages, kSharedBytes / kWarps / launch.belt.stage_bytes - 1);
+  launch.belt.segment_bytes = kSegmentBytes;
+  launch.belt.stages = kStages;
   return for_dtype(combine.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     const Status status =
         allow_shared_memory(reinterpret_cast<const void*>(&combine_kernel<T>), kSharedBytes);
     if (!status.is_ok()) return status;
-    combine_kernel<T><<<combine.num_blocks, 32 * kWarps, kSharedBytes, combine.stream>>>(group, launch);
+    combine_kernel<T><<<combine.num_blocks, 32 * (kWarps + 1), kSharedBytes, combine.stream>>>(group, launch);
     return Status::from_cuda(cudaGetLastError(), "launching the combine kernel");
   });
 }

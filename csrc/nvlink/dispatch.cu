@@ -2,23 +2,23 @@
 
 #include <algorithm>
 
-#include "common/vector.cuh"
 #include "nvlink/plan_tables.h"
 #include "nvlink/rows.cuh"
 
 namespace moe_ep::nvlink {
 namespace {
 
-constexpr int kMaxWarps = 10;
+constexpr int kMaxWarps = 15;
 constexpr int kMaxStages = 8;
 constexpr int kSegmentBytes = 7168;
-constexpr int kSharedBytes = 226 * 1024;
+constexpr int kVectors = 7;  // 16-byte words that a lane moves at once
+constexpr int kWordsBytes = 32 * 16 * kVectors;
+constexpr int kSharedBytes = 225 * 1024;
 
 struct Launch {
   Dispatch dispatch;
   Slots slots;
   BeltShape belt;
-  bool bulk_numbers;  // scales and weights are multiples of 16 bytes, and so go by bulk copies
 };
 
 // What all jobs know.
@@ -29,9 +29,6 @@ struct Context {
   const PlanTables tables;
   const Call call;
   const int lane;
-  const int vectors;
-  const int weight_words;
-  const bool bulk_numbers;
 
   __device__ Context(const Group& group, const Launch& launch, Call call)
       : group(group),
@@ -39,45 +36,91 @@ struct Context {
         slots(launch.slots),
         tables(const_cast<int*>(launch.dispatch.tables), group),
         call(call),
-        lane(threadIdx.x % 32),
-        vectors(static_cast<int>(launch.dispatch.row_bytes / 16)),
-        weight_words(launch.dispatch.weights == nullptr ? 0 : group.num_topk),
-        bulk_numbers(launch.bulk_numbers) {}
-
-  __device__ const char* row_of(int64_t token) const { return dispatch.rows + token * dispatch.row_bytes; }
-
-  __device__ int scale_bytes() const { return 4 * dispatch.scale_words; }
-
-  __device__ int numbers() const { return dispatch.scale_words + weight_words; }
-
-  // A token of this rank with the numbers that travel behind its row: scales, then weights.
-  __device__ Rows token_rows(int64_t token) const {
-    Rows rows{row_of(token), 1u, 0u, {}};
-    if (bulk_numbers) {
-      rows.tails[0] = {reinterpret_cast<const char*>(dispatch.scales) + token * scale_bytes(), scale_bytes()};
-      rows.tails[1] = {reinterpret_cast<const char*>(dispatch.weights + token * weight_words),
-                       4 * weight_words};
-    }
-    return rows;
-  }
-
-  // Where they don't go by bulk copies.
-  __device__ void fill_numbers(int64_t token, char* to) const {
-    float* out = reinterpret_cast<float*>(to);
-    for (int i = lane; i < numbers(); i += 32) {
-      out[i] = i < dispatch.scale_words
-                   ? __ldcg(dispatch.scales + token * dispatch.scale_words + i)
-                   : __ldcg(dispatch.weights + token * group.num_topk + i - dispatch.scale_words);
-    }
-  }
+        lane(threadIdx.x % 32) {}
 };
+
+// The numbers that belong to a row, its token's scales and weights: those of this lane, on their way while
+// the row is.
+class Numbers {
+ public:
+  Numbers() = default;
+
+  __device__ Numbers(const Context& context, const float* scales, const float* weights)
+      : scales_(scales), weight_(0) {
+    const int lane = context.lane;
+#pragma unroll
+    for (int i = 0; i < kEarly; ++i) {
+      early_[i] = lane + 32 * i < context.dispatch.scale_words ? __ldcg(scales + lane + 32 * i) : 0;
+    }
+    if (context.dispatch.weights != nullptr && lane < context.group.num_topk) {
+      weight_ = __ldcg(weights + lane);
+    }
+  }
+
+  // Of this lane's k.
+  __device__ float weight() const { return weight_; }
+
+  __device__ __forceinline__ void write_scales(const Context& context, float* to) const {
+    const int lane = context.lane, words = context.dispatch.scale_words;
+#pragma unroll
+    for (int i = 0; i < kEarly; ++i) {
+      if (lane + 32 * i < words) to[lane + 32 * i] = early_[i];
+    }
+    for (int i = lane + 32 * kEarly; i < words; i += 32) to[i] = __ldcg(scales_ + i);
+  }
+
+ private:
+  static constexpr int kEarly = 2;
+  const float* scales_;
+  float early_[kEarly];
+  float weight_;
+};
+
+// Those of a token of this rank.
+__device__ __forceinline__ Numbers numbers_of_token(const Context& context, int64_t token) {
+  const Dispatch& dispatch = context.dispatch;
+  return Numbers(context, dispatch.scales + token * dispatch.scale_words,
+                 dispatch.weights + token * context.group.num_topk);
+}
+
+__device__ __forceinline__ Rows row_of_token(const Context& context, int64_t token) {
+  return {context.dispatch.rows + token * context.dispatch.row_bytes, 1};
+}
+
+// Writes a segment, by the whole warp, to place_of(0), place_of(1)...
+template <typename PlaceOf>
+__device__ __forceinline__ void write_segment(SharedAddress stage, int bytes, int copies,
+                                              PlaceOf&& place_of) {
+  const int lane = threadIdx.x % 32;
+  stage += 16 * lane;
+  int begin = 16 * lane;
+  for (; bytes >= kWordsBytes; bytes -= kWordsBytes, begin += kWordsBytes, stage += kWordsBytes) {
+    uint4 words[kVectors];
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) words[v] = load_shared(stage + 512 * v);
+    for (int copy = 0; copy < copies; ++copy) {
+      char* to = place_of(copy) + begin;
+#pragma unroll
+      for (int v = 0; v < kVectors; ++v) *reinterpret_cast<uint4*>(to + 512 * v) = words[v];
+    }
+  }
+  for (; bytes > 0; bytes -= 512, begin += 512, stage += 512) {
+    uint4 word;
+    if (16 * lane < bytes) word = load_shared(stage);
+    for (int copy = 0; copy < copies; ++copy) {
+      char* to = place_of(copy) + begin;
+      if (16 * lane < bytes) *reinterpret_cast<uint4*>(to) = word;
+    }
+  }
+}
 
 // This rank's tokens in the order in which they are sent: those of other ranks, or its own.
 class TokenChunks {
  public:
   __device__ TokenChunks(const Context& context, bool own, TaskKind kind, const Crew& crew)
       : context_(context),
-        chunks_(context.group, context.tables.send_count, own, Tasks(context.group, kind, crew)) {
+        chunks_(context.group, context.slots, context.tables.send_count, own,
+                Tasks(context.group, kind, crew)) {
     tokens_ = tokens_of(chunks_.current());
     next_tokens_ = tokens_of(chunks_.next());
   }
@@ -116,19 +159,19 @@ class TokenChunks {
 struct Send {
   struct Item {
     Rows rows;
-    int64_t token;
+    Numbers numbers;
     int peer, index;
-    bool ends_chunk;
+    int signal;  // or -1: of its chunk, if it is the last row of it
   };
 
   const Context& context;
+  const Mailbox& mailbox;
   TokenChunks chunks;
-  Announcer announcer;
   bool may_send = false;
   bool failed = false;
 
-  __device__ Send(const Context& context, const Crew& crew)
-      : context(context), chunks(context, false, kSending, crew) {}
+  __device__ Send(const Context& context, const Crew& crew, const Mailbox& mailbox)
+      : context(context), mailbox(mailbox), chunks(context, false, kSending, crew) {}
 
   __device__ Fetched fetch(Item& item, bool wait) {
     if (failed) return Fetched::failed;
@@ -136,16 +179,16 @@ struct Send {
     const Chunks::Chunk& chunk = chunks.current();
     const int round = context.slots.round(chunk.first);
     if (chunks.place() == 0 && round > 0) {
-      if (wait) announcer.flush();
       const Fetched drained =
           warp_fetch_drained(context.group, context.call, chunk.rank, round, Phase::dispatch_send, wait);
       if (drained != Fetched::ready) return drained;
     }
-    item.token = chunks.token();
-    item.rows = context.token_rows(item.token);
+    const int token = chunks.token();
+    item.rows = row_of_token(context, token);
+    item.numbers = numbers_of_token(context, token);
     item.peer = chunk.rank;
     item.index = chunk.first + chunks.place();
-    item.ends_chunk = chunks.place() + 1 == chunk.rows;
+    item.signal = chunks.place() + 1 == chunk.rows ? chunk.signal : -1;
     chunks.advance();
     return Fetched::ready;
   }
@@ -156,28 +199,17 @@ struct Send {
     if (!may_send) may_send = first_round_may_begin(context.group, context.call, Phase::dispatch_send);
     failed = !may_send;
     if (failed) return;
-    const Ring ring(context.group, item.peer, context.group.rank);
-    char* slot = ring.slot(context.slots, item.index);
+    char* slot = Ring(context.group, item.peer, context.group.rank).slot(context.slots, item.index);
     for (int begin = 0; begin < belt.row_bytes(); begin += belt.segment_bytes()) {
-      load_ahead();
-      char* stage = belt.take();
-      int bytes = belt.bytes_from(begin);
-      if (begin + bytes == belt.row_bytes() && context.numbers()) {
-        if (!context.bulk_numbers) {
-          context.fill_numbers(item.token, stage + bytes);
-          bulk::fence_shared();
-          __syncwarp();
-        }
-        bytes += static_cast<int>(align16(4 * context.numbers()));
-      }
-      if (context.lane == 0) {
-        bulk::store(slot + begin, stage, bytes);
-        bulk::close_group();
-      }
-      belt.was_forwarded();
-      announcer.count_group();
+      if (begin > 0) load_ahead();
+      write_segment(belt.take(), belt.bytes_from(begin), 1, [&](int) { return slot + begin; });
     }
-    if (item.ends_chunk) announcer.end_chunk(ring, context.slots, context.call, item.index / kChunk * kChunk);
+    float* numbers = reinterpret_cast<float*>(slot + belt.row_bytes());
+    item.numbers.write_scales(context, numbers);
+    if (context.dispatch.weights != nullptr && context.lane < context.group.num_topk) {
+      numbers[context.dispatch.scale_words + context.lane] = item.numbers.weight();
+    }
+    if (item.signal >= 0) mailbox.announce(item.peer, item.signal, context.slots.round(item.index));
   }
 };
 
@@ -186,6 +218,7 @@ template <typename Source>
 struct Receive {
   struct Item {
     Rows rows;
+    Numbers numbers;
     typename Source::Arrival arrival;
     int place;  // of this lane's k: its row, or -1
   };
@@ -196,13 +229,16 @@ struct Receive {
   __device__ Receive(const Context& context, const Crew& crew) : context(context), source(context, crew) {}
 
   __device__ Fetched fetch(Item& item, bool wait) {
-    const Fetched fetched = source.fetch(item.arrival, wait);
-    if (fetched != Fetched::ready) return fetched;
+    if (source.at_end()) return Fetched::none;
+    item.arrival = source.next();
     const int num_topk = context.group.num_topk;
     const int64_t pair =
         static_cast<int64_t>(item.arrival.rank) * context.group.max_tokens + item.arrival.index;
     item.place = context.lane < num_topk ? context.tables.arrival_rows[pair * num_topk + context.lane] : -1;
+    const Fetched arrived = source.take(wait);
+    if (arrived != Fetched::ready) return arrived;
     item.rows = source.rows(item.arrival);
+    item.numbers = source.numbers(item.arrival);
     return Fetched::ready;
   }
 
@@ -210,54 +246,38 @@ struct Receive {
   __device__ void process(const Item& item, Belt& belt, LoadAhead& load_ahead) {
     const Dispatch& dispatch = context.dispatch;
     const unsigned int here = __ballot_sync(kAllLanes, item.place >= 0);
-    const unsigned int copies = dispatch.expert_layout ? here : here & -here;
+    int copies = __popc(here), places;
+    if (dispatch.expert_layout) {
+      places = append(-1, 0, item.place, here);
+    } else if (here) {
+      places = __shfl_sync(kAllLanes, item.place, __ffs(here) - 1);
+      copies = 1;
+    }
     for (int begin = 0; begin < belt.row_bytes(); begin += belt.segment_bytes()) {
       load_ahead();
-      char* stage = belt.take();
-      const int bytes = belt.bytes_from(begin);
-      const bool last = begin + bytes == belt.row_bytes();
-      char* numbers = stage + bytes;
-      if (last) source.fill_numbers(item.arrival, numbers);
-      const int scale_bytes = last && context.bulk_numbers ? context.scale_bytes() : 0;
-      for (unsigned int left = copies; left; left &= left - 1) {
-        const int64_t row = __shfl_sync(kAllLanes, item.place, __ffs(left) - 1);
-        if (context.lane != 0) continue;
-        bulk::store(dispatch.out_rows + row * dispatch.row_bytes + begin, stage, bytes);
-        if (scale_bytes) {
-          bulk::store(reinterpret_cast<char*>(dispatch.out_scales) + row * scale_bytes, numbers, scale_bytes);
-        }
-      }
-      if (context.lane == 0) bulk::close_group();
-      belt.was_forwarded();
-      if (last) place_numbers(item, here, copies, reinterpret_cast<const float*>(numbers));
+      write_segment(belt.take(), belt.bytes_from(begin), copies, [&](int copy) {
+        const int64_t row = __shfl_sync(kAllLanes, places, copy);
+        return dispatch.out_rows + row * dispatch.row_bytes + begin;
+      });
     }
+    for (int copy = 0; copy < copies; ++copy) {
+      const int64_t row = __shfl_sync(kAllLanes, places, copy);
+      item.numbers.write_scales(context, dispatch.out_scales + row * dispatch.scale_words);
+    }
+    if (dispatch.weights != nullptr && here) write_weights(item);
     source.finish(item.arrival);
   }
 
-  // Those that don't go by bulk copies: the lanes' part.
-  __device__ void place_numbers(const Item& item, unsigned int here, unsigned int copies,
-                                const float* numbers) const {
+  __device__ void write_weights(const Item& item) const {
     const Dispatch& dispatch = context.dispatch;
-    const int lane = context.lane;
-    if (!context.bulk_numbers) {
-      for (unsigned int left = copies; left; left &= left - 1) {
-        const int64_t row = __shfl_sync(kAllLanes, item.place, __ffs(left) - 1);
-        for (int i = lane; i < dispatch.scale_words; i += 32) {
-          dispatch.out_scales[row * dispatch.scale_words + i] = numbers[i];
-        }
-      }
+    const int num_topk = context.group.num_topk;
+    const unsigned int here = __ballot_sync(kAllLanes, item.place >= 0);
+    const int64_t row = __shfl_sync(kAllLanes, item.place, __ffs(here) - 1);
+    if (dispatch.expert_layout) {
+      if (item.place >= 0) dispatch.out_weights[item.place] = item.numbers.weight();
+    } else if (context.lane < num_topk) {
+      dispatch.out_weights[row * num_topk + context.lane] = item.place >= 0 ? item.numbers.weight() : 0.0f;
     }
-    if (context.weight_words && here) {
-      const int num_topk = context.group.num_topk;
-      const float weight = lane < num_topk ? numbers[dispatch.scale_words + lane] : 0.0f;
-      const int64_t row = __shfl_sync(kAllLanes, item.place, __ffs(here) - 1);
-      if (dispatch.expert_layout) {
-        if (item.place >= 0) dispatch.out_weights[item.place] = weight;
-      } else if (lane < num_topk) {
-        dispatch.out_weights[row * num_topk + lane] = item.place >= 0 ? weight : 0.0f;
-      }
-    }
-    __syncwarp();  // all have read them
   }
 };
 
@@ -276,19 +296,21 @@ struct OwnTokens {
   __device__ OwnTokens(const Context& context, const Crew& crew)
       : context(context), chunks(context, true, kOwn, crew) {}
 
-  __device__ Fetched fetch(Arrival& arrival, bool) {
-    if (chunks.at_end()) return Fetched::none;
-    arrival = {context.group.rank, chunks.current().first + chunks.place(), chunks.token(), 0};
+  __device__ bool at_end() const { return chunks.at_end(); }
+
+  __device__ Arrival next() const {
+    return {context.group.rank, chunks.current().first + chunks.place(), chunks.token(), 0};
+  }
+
+  __device__ Fetched take(bool) {
     chunks.advance();
     return Fetched::ready;
   }
 
-  __device__ Rows rows(const Arrival& arrival) const { return context.token_rows(arrival.token); }
+  __device__ Rows rows(const Arrival& arrival) const { return row_of_token(context, arrival.token); }
 
-  __device__ void fill_numbers(const Arrival& arrival, char* to) const {
-    if (context.bulk_numbers) return;
-    context.fill_numbers(arrival.token, to);
-    __syncwarp();
+  __device__ Numbers numbers(const Arrival& arrival) const {
+    return numbers_of_token(context, arrival.token);
   }
 
   __device__ void finish(const Arrival&) const {}
@@ -303,32 +325,42 @@ struct PeersTokens {
 
   __device__ PeersTokens(const Context& context, const Crew& crew)
       : context(context),
-        chunks(context.group, context.tables.recv_count, false, Tasks(context.group, kReceiving, crew)) {}
+        chunks(context.group, context.slots, context.tables.recv_count, false,
+               Tasks(context.group, kReceiving, crew)) {}
 
-  __device__ Fetched fetch(Arrival& arrival, bool wait) {
-    if (chunks.at_end()) return Fetched::none;
+  __device__ bool at_end() const { return chunks.at_end(); }
+
+  __device__ Arrival next() const {
+    const Chunks::Chunk& chunk = chunks.current();
+    return {chunk.rank, chunk.first + place, 0, place + 1 == chunk.rows ? chunk.rows : 0};
+  }
+
+  __device__ Fetched take(bool wait) {
     const Chunks::Chunk& chunk = chunks.current();
     if (place == 0) {
       const Ring ring(context.group, context.group.rank, chunk.rank);
-      const Fetched arrived = warp_fetch_arrived(context.group, ring, context.slots, context.call, chunk.rank,
-                                                 chunk.first, Phase::dispatch_receive, wait);
+      const Fetched arrived =
+          warp_fetch(ring.arrived + chunk.signal, context.call.stamp(context.slots.round(chunk.first) + 1),
+                     context.group, Phase::dispatch_receive, chunk.rank, wait);
       if (arrived != Fetched::ready) return arrived;
     }
-    const bool ends_chunk = place + 1 == chunk.rows;
-    arrival = {chunk.rank, chunk.first + place, 0, ends_chunk ? chunk.rows : 0};
-    place = ends_chunk ? 0 : place + 1;
-    if (ends_chunk) chunks.advance();
+    if (++place == chunk.rows) {
+      place = 0;
+      chunks.advance();
+    }
     return Fetched::ready;
   }
 
-  __device__ Rows rows(const Arrival& arrival) const {
-    const char* slot =
-        Ring(context.group, context.group.rank, arrival.rank).slot(context.slots, arrival.index);
-    const int tail_bytes = static_cast<int>(align16(4 * context.numbers()));
-    return {slot, 1u, 0u, {{slot + context.dispatch.row_bytes, tail_bytes}, {}}};
+  __device__ const char* slot(const Arrival& arrival) const {
+    return Ring(context.group, context.group.rank, arrival.rank).slot(context.slots, arrival.index);
   }
 
-  __device__ void fill_numbers(const Arrival&, char*) const {}
+  __device__ Rows rows(const Arrival& arrival) const { return {slot(arrival), 1}; }
+
+  __device__ Numbers numbers(const Arrival& arrival) const {
+    const float* numbers = reinterpret_cast<const float*>(slot(arrival) + context.dispatch.row_bytes);
+    return Numbers(context, numbers, numbers + context.dispatch.scale_words);
+  }
 
   __device__ void finish(const Arrival& arrival) const {
     if (arrival.chunk == 0) return;
@@ -340,7 +372,7 @@ struct PeersTokens {
 __device__ void clear_row(const Context& context, int64_t row) {
   const Dispatch& dispatch = context.dispatch;
   uint4* to = reinterpret_cast<uint4*>(dispatch.out_rows + row * dispatch.row_bytes);
-  for (int i = context.lane; i < context.vectors; i += 32) to[i] = make_uint4(0, 0, 0, 0);
+  for (int i = context.lane; i < dispatch.row_bytes / 16; i += 32) to[i] = make_uint4(0, 0, 0, 0);
   for (int i = context.lane; i < dispatch.scale_words; i += 32) {
     dispatch.out_scales[row * dispatch.scale_words + i] = dispatch.scale_padding;
   }
@@ -366,31 +398,38 @@ __device__ void clear_padding(const Context& context, const Crew& crew) {
   for (int64_t row = end + crew.index; row < num_rows; row += crew.size) clear_row(context, row);
 }
 
-__global__ void __launch_bounds__(32 * kMaxWarps, 1)
+__global__ void __launch_bounds__(32 * (kMaxWarps + 1), 1)
     dispatch_kernel(const __grid_constant__ Group group, const __grid_constant__ Launch launch) {
   extern __shared__ __align__(128) char memory[];
   __shared__ uint64_t barriers[kMaxWarps][kMaxStages];
-  if (has_failed(group)) return;
+  __shared__ uint64_t notices[kMaxWarps];
   const Call call{load_volatile(&group.workspace->calls)};
-  const Context context(group, launch, call);
+  if (has_failed(group)) return;
   const Crew crew(launch.dispatch.send_blocks);
-  const int warp = threadIdx.x / 32;
-  Belt belt(memory + warp * launch.belt.stages * launch.belt.stage_bytes, barriers[warp], launch.belt,
-            static_cast<int>(launch.dispatch.row_bytes));
-  if (crew.sends) {
-    Send send(context, crew);
-    run_job(send, belt);
-    send.announcer.flush();
+  const Mailbox mailbox(notices, crew.warps);
+  if (!crew.is_herald()) {
+    const Context context(group, launch, call);
+    const int warp = threadIdx.x / 32;
+    Belt belt(memory + warp * launch.belt.stages * launch.belt.segment_bytes, barriers[warp], launch.belt,
+              static_cast<int>(launch.dispatch.row_bytes));
+    if (crew.sends) {
+      Send send(context, crew, mailbox);
+      run_job(send, belt);
+      mailbox.close();
+    }
+    // Those that send help with the rest when they are done.
+    Receive<OwnTokens> own(context, crew);
+    run_job(own, belt);
+    if (launch.dispatch.has_padding && !crew.sends) clear_padding(context, crew);
+    if (group.size > 1) {
+      Receive<PeersTokens> peers(context, crew);
+      run_job(peers, belt);
+    }
+    belt.drain();
+  } else if (crew.sends) {
+    mailbox.deliver(group, call);
   }
-  // Those that send help with the rest when they are done.
-  Receive<OwnTokens> own(context, crew);
-  run_job(own, belt);
-  if (launch.dispatch.has_padding && !crew.sends) clear_padding(context, crew);
-  if (group.size > 1) {
-    Receive<PeersTokens> peers(context, crew);
-    run_job(peers, belt);
-  }
-  belt.drain();
+  __syncwarp();
   finish_call(group, call);
 }
 
@@ -398,27 +437,18 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1)
 
 Status launch_dispatch(const Group& group, const Dispatch& dispatch) {
   const int weight_words = dispatch.weights == nullptr ? 0 : group.num_topk;
-  Launch launch{dispatch, {}, {}, true};
-  const int numbers = dispatch.scale_words + weight_words;
-  launch.slots.bytes = align16(dispatch.row_bytes + 4 * numbers);
-  launch.slots.rows = ring_rows(group, launch.slots.bytes);
-  launch.slots.has_rounds = launch.slots.rows < group.max_tokens;
+  Launch launch{dispatch, {}, {}};
+  launch.slots = Slots(group, align16(dispatch.row_bytes + 4 * (dispatch.scale_words + weight_words)));
   if (group.size > 1 && launch.slots.rows == 0) return ring_too_small(group, launch.slots.bytes);
-  // Many multiprocessors wait for the link, and rather have more rows under way in each warp; few are kept
-  // busy by more warps.
-  const int warps = dispatch.num_blocks > 32 ? 7 : kMaxWarps;
   const int segments = static_cast<int>((dispatch.row_bytes + kSegmentBytes - 1) / kSegmentBytes);
   launch.belt.segment_bytes = static_cast<int>(align16((dispatch.row_bytes + segments - 1) / segments));
-  launch.belt.stage_bytes = static_cast<int>(align16(launch.belt.segment_bytes + 4 * numbers));
-  launch.belt.stages = std::min(kMaxStages, kSharedBytes / warps / launch.belt.stage_bytes);
-  for (const void* pointer :
-       {static_cast<const void*>(dispatch.scales), static_cast<const void*>(dispatch.weights)}) {
-    launch.bulk_numbers &= is_aligned(pointer, 16);
-  }
-  launch.bulk_numbers &= dispatch.scale_words % 4 == 0 && weight_words % 4 == 0;
+  // Many multiprocessors wait for the link, and rather have more rows under way in each warp; few are kept
+  // busy by more warps, the more so the shorter their rows are.
+  const int warps = dispatch.num_blocks > 32 ? 7 : segments > 1 ? 10 : kMaxWarps;
+  launch.belt.stages = std::min(kMaxStages, kSharedBytes / warps / launch.belt.segment_bytes);
   const Status status = allow_shared_memory(reinterpret_cast<const void*>(&dispatch_kernel), kSharedBytes);
   if (!status.is_ok()) return status;
-  dispatch_kernel<<<dispatch.num_blocks, 32 * warps, kSharedBytes, dispatch.stream>>>(group, launch);
+  dispatch_kernel<<<dispatch.num_blocks, 32 * (warps + 1), kSharedBytes, dispatch.stream>>>(group, launch);
   return Status::from_cuda(cudaGetLastError(), "launching the dispatch kernel");
 }
 

@@ -16,7 +16,7 @@ WindowLayout window_layout(int size, int max_tokens, int num_topk, int64_t ring_
     end += (bytes + 127) / 128 * 128;
     return begin;
   };
-  at.chunks = (max_tokens + kChunk - 1) / kChunk;
+  at.chunks = (max_tokens + kChunk - 1) / kChunk + kFineRows;
   at.routing_bytes = align16(static_cast<int64_t>(max_tokens) * num_topk * 2);
   at.arrived = reserve(size * at.chunks * 8);
   at.drained = reserve(size * 8);

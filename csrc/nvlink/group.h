@@ -12,6 +12,7 @@ constexpr int kMaxRanks = 72;
 constexpr int kMaxTopk = 32;       // a warp holds the experts of a token, one in each lane
 constexpr int kMaxExperts = 1024;  // ids travel as int16, and a block keeps a bit mask for each local one
 constexpr int kChunk = 4;          // rows between two signals
+constexpr int kFineRows = 512;     // with a signal each, at the end
 constexpr int kIndexBits = 29;     // of a row, or of a rank and an arrival there, in an int32
 constexpr int kArrivalBits = 22;   // of these
 

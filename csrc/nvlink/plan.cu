@@ -76,20 +76,44 @@ __device__ __forceinline__ int64_t load_id(const Plan& plan, int64_t at) {
                        : static_cast<const int*>(plan.topk_idx)[at];
 }
 
-// The id as it is sent: -1 for what is not an expert, and for what an earlier k names already.
-__device__ int16_t checked_id(const Group& group, const Plan& plan, int64_t at, bool& bad) {
-  const int64_t id = load_id(plan, at);
-  if (id < 0 || id >= group.num_experts) {
-    bad |= id != -1;
-    return -1;
-  }
-  for (int64_t k = at / group.num_topk * group.num_topk; k < at; ++k) {
-    if (load_id(plan, k) == id) {
+// Whether an earlier k of the token names this expert, `at` being a place in topk_idx.
+__device__ bool is_repeated(const Group& group, const Plan& plan, int64_t at, int64_t id) {
+  bool repeated = false;
+  for (int64_t k = at / group.num_topk * group.num_topk; k < at; ++k) repeated |= load_id(plan, k) == id;
+  return repeated;
+}
+
+constexpr int kIds = 8;  // 16 bytes as they are sent
+
+// The ids from `first` on as they are sent: -1 for what is not an expert, and for what an earlier k names
+// already.
+__device__ bool checked_ids(const Group& group, const Plan& plan, int64_t first, int64_t count,
+                            int16_t (&ids)[kIds]) {
+  const int num_topk = group.num_topk;
+  const bool whole_tokens = kIds % num_topk == 0;
+  int64_t given[kIds];
+  bool bad = false;
+#pragma unroll
+  for (int i = 0; i < kIds; ++i) given[i] = first + i < count ? load_id(plan, first + i) : -1;
+#pragma unroll
+  for (int i = 0; i < kIds; ++i) {
+    bool is_expert = given[i] >= 0 && given[i] < group.num_experts;
+    bad |= !is_expert && given[i] != -1;
+    if (is_expert && whole_tokens) {
+#pragma unroll
+      for (int j = 0; j < i; ++j) {
+        if (j >= i / num_topk * num_topk && given[j] == given[i]) {
+          bad = true;
+          is_expert = false;
+        }
+      }
+    } else if (is_expert && is_repeated(group, plan, first + i, given[i])) {
       bad = true;
-      return -1;
+      is_expert = false;
     }
+    ids[i] = static_cast<int16_t>(is_expert ? given[i] : -1);
   }
-  return static_cast<int16_t>(id);
+  return bad;
 }
 
 // Writes this rank's routing into every window.
@@ -104,7 +128,6 @@ __device__ bool send_routing(const Group& group, const Plan& plan, uint64_t numb
   }
   if (!__syncthreads_and(ready)) return false;
 
-  constexpr int kIds = 8;  // 16 bytes
   const int64_t count = static_cast<int64_t>(plan.num_tokens) * group.num_topk;
   const int64_t pieces = (count + kIds - 1) / kIds;
   bool bad = false;
@@ -114,11 +137,7 @@ __device__ bool send_routing(const Group& group, const Plan& plan, uint64_t numb
       int16_t ids[kIds];
       uint4 word;
     };
-#pragma unroll
-    for (int i = 0; i < kIds; ++i) {
-      const int64_t at = piece * kIds + i;
-      ids[i] = at < count ? checked_id(group, plan, at, bad) : static_cast<int16_t>(-1);
-    }
+    bad |= checked_ids(group, plan, piece * kIds, count, ids);
     for (int i = 0; i < group.size; ++i) {
       const int peer = (group.rank + i) % group.size;
       char* to = group.windows[peer] + group.at.routing + group.rank * group.at.routing_bytes;
@@ -373,7 +392,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (blockIdx.x == 0) write_sums(group, plan, tables, shared);
   const int needed = shared.sources[group.size];
   for (int row = first_row; row < end_row; ++row) {
-    read_block(group, shared, row / per_rank, row % per_rank * kTokensPerBlock);
+    if (per_block > 1) read_block(group, shared, row / per_rank, row % per_rank * kTokensPerBlock);
     number_rows(group, plan, tables, shared, row / per_rank, row % per_rank * kTokensPerBlock);
     __syncthreads();
     // Arrivals are counted for each source alone.

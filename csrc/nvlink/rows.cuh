@@ -9,6 +9,8 @@
 // Warps that move rows, and the rings that rows travel in.
 namespace moe_ep::nvlink {
 
+using bulk::SharedAddress;
+
 constexpr unsigned int kAllLanes = 0xFFFFFFFFu;
 
 // Whether the next item of a job can be had.
@@ -27,11 +29,40 @@ __device__ __forceinline__ Fetched warp_fetch(const uint64_t* signal, uint64_t v
   return arrived ? Fetched::ready : wait ? Fetched::failed : Fetched::not_yet;
 }
 
+// How the rows of one rank for another are taken and announced: kChunk at a time, and the last ones one by
+// one, so that no warp still has much to do when the others have ended.
+struct Chunking {
+  int rows;
+  int coarse;  // chunks of kChunk rows; or less, the last one, if all chunks are coarse
+  bool has_fine;
+
+  __device__ int chunks() const { return coarse + (has_fine ? rows - coarse * kChunk : 0); }
+  __device__ int first_row(int chunk) const {
+    return chunk <= coarse ? chunk * kChunk : coarse * kChunk + chunk - coarse;
+  }
+  __device__ int rows_of(int chunk) const {
+    return min(chunk < coarse ? kChunk : 1, rows - first_row(chunk));
+  }
+  __device__ int chunk_of(int row) const {
+    return row < coarse * kChunk ? row / kChunk : coarse + row - coarse * kChunk;
+  }
+};
+
 // How rows lie in a ring: each in a slot, with numbers that belong to it behind it.
 struct Slots {
   int64_t bytes;    // of a slot: a multiple of 16
   int rows;         // that a ring holds: a multiple of kChunk
   bool has_rounds;  // a rank may have more rows than a ring
+
+  Slots() = default;
+  Slots(const Group& group, int64_t slot_bytes)
+      : bytes(slot_bytes), rows(ring_rows(group, slot_bytes)), has_rounds(rows < group.max_tokens) {}
+
+  // Of `count` rows for one of `peers` ranks.
+  __device__ Chunking chunking(int count, int peers) const {
+    if (has_rounds) return {count, (count + kChunk - 1) / kChunk, false};
+    return {count, max(0, count - kFineRows / peers) / kChunk, true};
+  }
 
   // Of the row with this index among those of its rank: how often the ring was full before it, and its place.
   __device__ int round(int index) const { return has_rounds ? index / rows : 0; }
@@ -59,8 +90,9 @@ struct Ring {
   __device__ char* slot(const Slots& shape, int index) const {
     return slots + shape.place(index) * shape.bytes;
   }
-  __device__ uint64_t* signal(const Slots& shape, int index) const {
-    return arrived + shape.place(index) / kChunk;
+  // Of the chunk that this row belongs to.
+  __device__ uint64_t* signal(const Slots& shape, const Chunking& chunking, int index) const {
+    return arrived + chunking.chunk_of(shape.place(index));
   }
 };
 
@@ -85,13 +117,6 @@ __device__ __forceinline__ bool first_round_may_begin(const Group& group, Call c
   return __all_sync(kAllLanes, drained);
 }
 
-__device__ __forceinline__ Fetched warp_fetch_arrived(const Group& group, const Ring& ring,
-                                                      const Slots& slots, Call call, int source, int index,
-                                                      Phase phase, bool wait) {
-  return warp_fetch(ring.signal(slots, index), call.stamp(slots.round(index) + 1), group, phase, source,
-                    wait);
-}
-
 // After all lanes have read `rows` rows, of `count` that come from `source` in this call: lets the next round
 // begin.
 __device__ __forceinline__ void warp_consume(const Group& group, const Slots& slots, Call call, int source,
@@ -107,13 +132,21 @@ __device__ __forceinline__ void warp_consume(const Group& group, const Slots& sl
   }
 }
 
-// At the end of a kernel, by all threads: the next call may begin, here and on all ranks.
+// At the end of a kernel, by all threads: the next call may begin, here and on all ranks. What blocks have
+// read they have used, so there is nothing to wait for; what they wrote is seen when the kernel has ended.
 __device__ __forceinline__ void finish_call(const Group& group, Call call) {
-  if (!is_last_block<false>(&group.workspace->blocks_done) || has_failed(group)) return;
+  __shared__ bool last;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    last = atomicAdd(&group.workspace->blocks_done, 1u) == gridDim.x - 1;
+    if (last) group.workspace->blocks_done = 0;
+  }
+  __syncthreads();
+  if (!last || has_failed(group)) return;
   if (threadIdx.x < group.size) {
     group.workspace->consumed[threadIdx.x] = 0;
     if (threadIdx.x != group.rank) {
-      store_release(drained_signal(group, threadIdx.x, group.rank), call.stamp(0) + (1 << 16));
+      store_relaxed(drained_signal(group, threadIdx.x, group.rank), call.stamp(0) + (1 << 16));
     }
   }
   if (threadIdx.x < 3) group.workspace->tasks[threadIdx.x] = 0;
@@ -128,80 +161,72 @@ struct Crew {
   int size;
   int receivers;  // warps of the others' crew
 
+  int warps;  // of each block, without the herald, which comes last
+
   __device__ explicit Crew(int send_blocks) : sends(static_cast<int>(blockIdx.x) < send_blocks) {
     const int blocks = sends ? send_blocks : gridDim.x - send_blocks;
     const int block = sends ? blockIdx.x : blockIdx.x - send_blocks;
+    warps = blockDim.x / 32 - 1;
     index = threadIdx.x / 32 * blocks + block;  // neighbours in different blocks
-    size = blockDim.x / 32 * blocks;
-    receivers = blockDim.x / 32 * (gridDim.x - send_blocks);
+    size = warps * blocks;
+    receivers = warps * (gridDim.x - send_blocks);
   }
+
+  __device__ bool is_herald() const { return static_cast<int>(threadIdx.x) / 32 == warps; }
 };
 
-// How the shared memory of each warp is divided: row segments of `segment_bytes` in stages with room for a
-// little more.
+// How the shared memory of each warp is divided: stages for row segments.
 struct BeltShape {
   int segment_bytes;
-  int stage_bytes;
   int stages;
 };
 
 // What is shared out among warps: Workspace::tasks.
 enum TaskKind { kSending, kOwn, kReceiving };
 
-// What is loaded behind a row, and leaves with it; a multiple of 16 bytes.
-struct Tail {
-  const char* from;
-  int bytes;
+__device__ __forceinline__ int of_lane(int value, int lane) {
+  return __shfl_sync(kAllLanes, value, lane);
+}
+
+__device__ __forceinline__ const char* of_lane(const char* pointer, int lane) {
+  return reinterpret_cast<const char*>(__shfl_sync(kAllLanes, reinterpret_cast<uint64_t>(pointer), lane));
+}
+
+// The rows that one item of work reads, in order: row i's address is in lane i.
+struct Rows {
+  const char* in_lane;
+  int count;
+
+  __device__ __forceinline__ const char* row(int i) const { return of_lane(in_lane, i); }
 };
 
-// The rows that one item of work reads, one in each lane that has one: segment by segment, and in each first
-// those of `lanes`, then those of `others`, in ascending order.
-struct Rows {
-  const char* of_lane;
-  unsigned int lanes;
-  unsigned int others;
-  Tail tails[2];
-};
+// A list with an element in each lane, after the values of `lanes` were put in it, in order, from `place` on.
+template <typename Value>
+__device__ __forceinline__ Value append(Value list, int place, Value value, unsigned int lanes) {
+  for (; lanes; lanes &= lanes - 1, ++place) {
+    const Value from = of_lane(value, __ffs(lanes) - 1);
+    if (static_cast<int>(threadIdx.x % 32) == place) list = from;
+  }
+  return list;
+}
 
 // Segments of rows on their way through the shared memory of a warp: a queue whose bulk loads run ahead of
-// their use.
+// their use. Of an item's rows, the first segments of all come first, in order.
 class Belt {
  public:
   // How far the loads of an item have been queued.
-  class Cursor {
-   public:
-    Cursor() = default;
-    __device__ explicit Cursor(const Rows& rows) { start(rows); }
-
-   private:
-    friend class Belt;
-
-    __device__ void start(const Rows& rows) {
-      left_ = rows.lanes ? rows.lanes : rows.others;
-      others_ = rows.lanes == 0;
-    }
-
-    __device__ void advance(const Rows& rows, int segment_bytes) {
-      left_ &= left_ - 1;
-      if (left_ != 0) return;
-      if (!others_ && rows.others) {
-        left_ = rows.others;
-        others_ = true;
-      } else {
-        start(rows);
-        begin_ += segment_bytes;
-      }
-    }
-
-    int begin_ = 0;
-    unsigned int left_ = 0;
-    bool others_ = false;
+  struct Cursor {
+    int row;
+    int begin;
   };
 
   __device__ Belt(char* memory, uint64_t* barriers, const BeltShape& shape, int row_bytes)
-      : stages_(memory), barriers_(barriers), shape_(shape), row_bytes_(row_bytes) {
+      : stages_(bulk::shared_address(memory)),
+        barriers_(bulk::shared_address(barriers)),
+        shape_(shape),
+        row_bytes_(row_bytes) {
     if (is_first_lane()) {
-      for (int i = 0; i < shape.stages; ++i) bulk::init(barriers + i);
+      for (int i = 0; i < shape.stages; ++i) bulk::init(barriers_ + 8 * i);
       bulk::publish_barriers();
     }
     __syncwarp();
@@ -211,35 +236,36 @@ class Belt {
   __device__ int segment_bytes() const { return shape_.segment_bytes; }
   __device__ int row_bytes() const { return row_bytes_; }
 
+  template <typename Rows>
+  __device__ Cursor start(const Rows& rows) const {
+    return {0, rows.count == 0 ? row_bytes_ : 0};
+  }
+
   // Queues what there is room for; true if all of the item is queued. Lanes have read what was taken before.
+  template <typename Rows>
   __device__ __forceinline__ bool queue(const Rows& rows, Cursor& cursor) {
-    while (cursor.left_ && cursor.begin_ < row_bytes_) {
-      if (queued_ == shape_.stages - 1) return false;
-      const uint64_t row =
-          __shfl_sync(kAllLanes, reinterpret_cast<uint64_t>(rows.of_lane), __ffs(cursor.left_) - 1);
+    while (cursor.begin < row_bytes_) {
+      if (queued_ == shape_.stages) return false;
+      const char* row = rows.row(cursor.row);
       if (is_first_lane()) {
-        // The place of the segment taken before the last one is what is loaded next.
-        if (last_was_forwarded_) {
-          bulk::wait_until_read<1>();
-        } else if (may_be_unread_) {
-          bulk::wait_until_read<0>();
-        }
-        load(rows, reinterpret_cast<const char*>(row), cursor.begin_);
+        bulk::load(stages_ + put_ * shape_.segment_bytes, row + cursor.begin, bytes_from(cursor.begin),
+                   barriers_ + 8 * put_);
       }
-      may_be_unread_ &= last_was_forwarded_;
       put_ = put_ + 1 == shape_.stages ? 0 : put_ + 1;
       ++queued_;
-      cursor.advance(rows, shape_.segment_bytes);
+      if (++cursor.row == rows.count) {
+        cursor.row = 0;
+        cursor.begin += shape_.segment_bytes;
+      }
     }
     return true;
   }
 
-  // The oldest segment that was queued. Lanes that read it do so before the next call.
-  __device__ __forceinline__ char* take() {
-    char* stage = stages_ + take_ * shape_.stage_bytes;
-    bulk::wait(barriers_ + take_, parity_);
+  // The oldest segment that was queued.
+  __device__ __forceinline__ SharedAddress take() {
+    const SharedAddress stage = stages_ + take_ * shape_.segment_bytes;
+    bulk::wait(barriers_ + 8 * take_, parity_);
     --queued_;
-    last_was_forwarded_ = false;
     if (++take_ == shape_.stages) {
       take_ = 0;
       parity_ ^= 1;
@@ -247,86 +273,102 @@ class Belt {
     return stage;
   }
 
-  // The segment taken last leaves by the bulk stores of the group that lane 0 has just closed.
-  __device__ __forceinline__ void was_forwarded() { last_was_forwarded_ = may_be_unread_ = true; }
-
   // At the end, when some may be left: nothing may be loaded into what another block may have by then.
   __device__ void drain() {
     while (queued_) take();
-    bulk::wait_until_read<0>();
   }
 
  private:
   __device__ static bool is_first_lane() { return threadIdx.x % 32 == 0; }
 
-  __device__ __forceinline__ void load(const Rows& rows, const char* row, int begin) const {
-    char* stage = stages_ + put_ * shape_.stage_bytes;
-    uint64_t* barrier = barriers_ + put_;
-    const int bytes = bytes_from(begin);
-    const int tail_bytes = begin + bytes == row_bytes_ ? rows.tails[0].bytes + rows.tails[1].bytes : 0;
-    bulk::expect(barrier, bytes + tail_bytes);
-    bulk::load(stage, row + begin, bytes, barrier);
-    if (tail_bytes == 0) return;
-    stage += bytes;
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      if (rows.tails[i].bytes == 0) continue;
-      bulk::load(stage, rows.tails[i].from, rows.tails[i].bytes, barrier);
-      stage += rows.tails[i].bytes;
-    }
-  }
-
-  char* stages_;
-  uint64_t* barriers_;
+  SharedAddress stages_;
+  SharedAddress barriers_;
   const BeltShape& shape_;
   int row_bytes_;
   int queued_ = 0;
   int put_ = 0;
   int take_ = 0;
   unsigned int parity_ = 0;
-  bool last_was_forwarded_ = false;
-  bool may_be_unread_ = false;  // a segment that was forwarded
 };
 
-// Tells peers of chunks once the bulk stores that fill them are complete, which those behind need not wait
-// for. The signal has a fence all the same: between two GPUs a plain store of it was seen to overtake rows
-// whose stores had completed.
-class Announcer {
+// 16 bytes at once, which the compiler would take apart.
+__device__ __forceinline__ uint4 load_shared(SharedAddress from) {
+  uint4 word;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(word.x), "=r"(word.y), "=r"(word.z), "=r"(word.w)
+               : "r"(from));
+  return word;
+}
+
+__device__ __forceinline__ void store_shared(SharedAddress to, uint4 word) {
+  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(word.x), "r"(word.y), "r"(word.z),
+               "r"(word.w)
+               : "memory");
+}
+
+// Signals that the warps of a block have due. The fence that must come before each of them waits for all that
+// the multiprocessor has under way, so one warp, the herald, sees to them while the others go on.
+class Mailbox {
  public:
-  // Lane 0 has closed a group of stores.
-  __device__ __forceinline__ void count_group() {
-    ++groups_;
-    if (signal_ != nullptr && groups_ - last_of_chunk_ >= kLag) {
-      if (threadIdx.x % 32 == 0) {
-        bulk::wait_until_written<kLag>();
-        store_release(signal_, stamp_);
-      }
-      signal_ = nullptr;
-    }
+  // `notices`: one for each of `warps`, in shared memory. By all threads of the block.
+  __device__ Mailbox(uint64_t* notices, int warps) : notices_(notices), warps_(warps) {
+    if (static_cast<int>(threadIdx.x) < warps) notices[threadIdx.x] = kEmpty;
+    __syncthreads();
   }
 
-  // The group closed last is the last one of the chunk that begins at `first`.
-  __device__ __forceinline__ void end_chunk(const Ring& ring, const Slots& slots, Call call, int first) {
-    flush();
-    signal_ = ring.signal(slots, first);
-    stamp_ = call.stamp(slots.round(first) + 1);
-    last_of_chunk_ = groups_;
+  // This warp has written the rows for `peer` that this signal, of those in the peer's window, is of.
+  __device__ __forceinline__ void announce(int peer, int signal, int round) const {
+    post(static_cast<uint64_t>(round) << 40 | static_cast<uint64_t>(signal) << 8 |
+         static_cast<uint64_t>(peer + 2));
   }
 
-  __device__ __forceinline__ void flush() {
-    if (signal_ != nullptr && threadIdx.x % 32 == 0) {
-      bulk::wait_until_written<0>();
-      store_release(signal_, stamp_);
+  // This warp has no more.
+  __device__ void close() const { post(kNoMore); }
+
+  // By the herald, until no warp has more.
+  __device__ void deliver(const Group& group, Call call) const {
+    const int lane = threadIdx.x % 32;
+    if (lane >= warps_) return;
+    for (;;) {
+      const uint64_t notice = load(notices_ + lane);
+      if (notice == kNoMore) break;
+      if (notice == kEmpty) continue;
+      store(notices_ + lane, kEmpty);
+      const int peer = static_cast<int>(notice & 0xFF) - 2;
+      const int signal = static_cast<int>(notice >> 8 & 0xFFFFFFFF);
+      const Ring ring(group, peer, group.rank);
+      store_release(ring.arrived + signal, call.stamp(static_cast<int>(notice >> 40) + 1));
     }
-    signal_ = nullptr;
   }
 
  private:
-  static constexpr int kLag = 4;
-  uint64_t* signal_ = nullptr;
-  uint64_t stamp_ = 0;
-  int groups_ = 0;
-  int last_of_chunk_ = 0;
+  static constexpr uint64_t kEmpty = 0, kNoMore = 1;
+
+  __device__ __forceinline__ void post(uint64_t notice) const {
+    __syncwarp();
+    if (threadIdx.x % 32 != 0) return;
+    uint64_t* mine = notices_ + threadIdx.x / 32;
+    while (load(mine) != kEmpty) {
+    }
+    store(mine, notice);
+  }
+
+  static __device__ __forceinline__ uint64_t load(const uint64_t* from) {
+    uint64_t value;
+    asm volatile("ld.acquire.cta.shared.u64 %0, [%1];"
+                 : "=l"(value)
+                 : "r"(bulk::shared_address(from))
+                 : "memory");
+    return value;
+  }
+
+  static __device__ __forceinline__ void store(uint64_t* to, uint64_t value) {
+    asm volatile("st.release.cta.shared.u64 [%0], %1;" ::"r"(bulk::shared_address(to)), "l"(value)
+                 : "memory");
+  }
+
+  uint64_t* notices_;
+  int warps_;
 };
 
 // Runs the items of a job, loading each while the one before is processed. Of a job,
@@ -334,24 +376,24 @@ class Announcer {
 // - `process(item, belt, load_ahead)` calls load_ahead() before it takes a segment from the belt.
 template <typename Job>
 __device__ __forceinline__ void run_job(Job& job, Belt& belt) {
-  using Cursor = Belt::Cursor;
   typename Job::Item item, next;
-  Cursor loaded, loaded_next;
+  Belt::Cursor loaded, loaded_next;
   Fetched fetched = job.fetch(item, true);
   if (fetched != Fetched::ready) return;
-  loaded = Cursor(item.rows);
+  loaded = belt.start(item.rows);
   for (;;) {
     fetched = job.fetch(next, false);
     if (fetched == Fetched::failed) return;
-    if (fetched == Fetched::ready) loaded_next = Cursor(next.rows);
+    if (fetched == Fetched::ready) loaded_next = belt.start(next.rows);
     const auto load_ahead = [&] {
+      __syncwarp();  // all lanes have read what was taken before
       if (belt.queue(item.rows, loaded) && fetched == Fetched::ready) belt.queue(next.rows, loaded_next);
     };
     job.process(item, belt, load_ahead);
     if (fetched == Fetched::none) return;
     if (fetched == Fetched::not_yet) {
       if (job.fetch(next, true) != Fetched::ready) return;
-      loaded_next = Cursor(next.rows);
+      loaded_next = belt.start(next.rows);
     }
     item = next;
     loaded = loaded_next;
@@ -413,14 +455,20 @@ class Chunks {
     int rank;
     int first;  // row of that rank
     int rows;   // 0 or less: there are none
+    int signal;
   };
 
   // Of all other ranks; with `own`, of this one alone. `counts`: rows of each rank.
-  __device__ Chunks(const Group& group, const int* counts, bool own, const Tasks& tasks)
-      : group_(group), counts_(counts), others_(own ? 1 : group.size - 1), own_(own), tasks_(tasks) {
+  __device__ Chunks(const Group& group, const Slots& slots, const int* counts, bool own, const Tasks& tasks)
+      : group_(group),
+        slots_(slots),
+        counts_(counts),
+        others_(own ? 1 : group.size - 1),
+        own_(own),
+        tasks_(tasks) {
     int most = 0;
     for (int rank = threadIdx.x % 32; rank < group.size; rank += 32) {
-      if ((rank == group.rank) == own) most = max(most, (counts[rank] + kChunk - 1) / kChunk);
+      if ((rank == group.rank) == own) most = max(most, slots.chunking(counts[rank], others_).chunks());
     }
     end_ = __reduce_max_sync(kAllLanes, most) * others_;
     current_ = chunk(tasks_.current());
@@ -439,11 +487,13 @@ class Chunks {
 
  private:
   __device__ Chunk chunk(int task) const {
-    if (task >= end_) return {group_.rank, 0, 0};
+    if (task >= end_) return {group_.rank, 0, 0, 0};
     const int chunk = others_ == 1 ? task : task / others_;
     int rank = own_ ? group_.rank : group_.rank + 1 + task - chunk * others_;
     if (rank >= group_.size) rank -= group_.size;
-    return {rank, chunk * kChunk, min(kChunk, counts_[rank] - chunk * kChunk)};
+    const Chunking chunking = slots_.chunking(counts_[rank], others_);
+    const int first = chunking.first_row(chunk);
+    return {rank, first, chunking.rows_of(chunk), chunking.chunk_of(slots_.place(first))};
   }
 
   __device__ void step() {
@@ -457,6 +507,7 @@ class Chunks {
   }
 
   const Group& group_;
+  const Slots& slots_;
   const int* counts_;
   int others_;
   bool own_;

@@ -35,10 +35,14 @@ __device__ __forceinline__ bool has_reached(const uint64_t* signal, uint64_t val
   return load_relaxed(signal) >= value && load_acquire(signal) >= value;
 }
 
+__device__ __forceinline__ void store_relaxed(void* to, uint64_t value) {
+  asm volatile("st.relaxed.sys.global.u64 [%0], %1;" ::"l"(to), "l"(value) : "memory");
+}
+
 // Everything that this thread wrote, or has seen written, comes before the signal.
 __device__ __forceinline__ void store_release(void* to, uint64_t value) {
   asm volatile("fence.acq_rel.sys;" ::: "memory");
-  asm volatile("st.relaxed.sys.global.u64 [%0], %1;" ::"l"(to), "l"(value) : "memory");
+  store_relaxed(to, value);
 }
 
 __device__ __forceinline__ uint64_t nanoseconds() {

@@ -3,7 +3,7 @@
 //
 //   nvcc -O3 -std=c++17 -gencode=arch=compute_90a,code=sm_90a -Icsrc -cudart static tests/gpu/kernel_sweep.cu
 //   \
-//     csrc/nvlink/*.cu csrc/nvlink/group.cpp -o kernel_sweep && ./kernel_sweep 24 64 132
+//     csrc/nvlink/*.cu csrc/nvlink/group.cpp -o kernel_sweep && ./kernel_sweep 24:8,9,10 132
 //
 // Each line: microseconds of the slower GPU, by the number of SMs that send.
 #include <cuda_runtime.h>
@@ -134,7 +134,10 @@ class Sweep {
     synchronize();
   }
 
-  void run(int num_sms) {
+  void run(int num_sms, std::vector<int> senders_to_try) {
+    if (senders_to_try.empty()) {
+      for (const int eighths : {1, 2, 3, 4, 5}) senders_to_try.push_back(std::max(1, num_sms * eighths / 8));
+    }
     const int size = static_cast<int>(ranks_.size());
     for (const bool expert_layout : {false, true}) {
       const float plan = time([&](Rank& rank) { launch_a_plan(rank, expert_layout, num_sms); });
@@ -144,8 +147,8 @@ class Sweep {
       std::printf("%3d SMs, %-6s plan %.1f\n", num_sms, expert_layout ? "expert" : "rank", plan);
       for (const char* op : {"fp8 dispatch", "bf16 dispatch", "bf16 combine"}) {
         std::printf("   %-13s", op);
-        for (const int eighths : {1, 2, 3, 4, 5}) {
-          const int senders = size == 1 ? 0 : std::max(1, num_sms * eighths / 8);
+        for (int senders : senders_to_try) {
+          if (size == 1) senders = 0;
           const float us = time([&](Rank& rank) {
             if (std::strstr(op, "combine")) return launch_a_combine(rank, expert_layout, num_sms, senders);
             launch_a_dispatch(rank, std::strstr(op, "fp8"), expert_layout, num_sms, senders);
@@ -240,6 +243,12 @@ int main(int argc, char** argv) {
   int count = 0;
   check(cudaGetDeviceCount(&count));
   Sweep sweep(std::min(count, 2));
-  for (int i = 1; i < argc; ++i) sweep.run(std::atoi(argv[i]));
-  if (argc < 2) sweep.run(64);
+  for (int i = 1; i < argc; ++i) {
+    char* rest;
+    const int num_sms = static_cast<int>(std::strtol(argv[i], &rest, 10));
+    std::vector<int> senders;
+    while (*rest) senders.push_back(static_cast<int>(std::strtol(rest + 1, &rest, 10)));
+    sweep.run(num_sms, senders);
+  }
+  if (argc < 2) sweep.run(64, {});
 }
