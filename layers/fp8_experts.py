@@ -12,6 +12,7 @@ Quantisation is straight-through in both directions (see docs/fp8.md).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -32,39 +33,42 @@ from .grouped_matmul import now_or_later
 from .row_groups import RowGroups
 from .weight_gradients import later
 
+Weights = tuple[torch.Tensor, ...]
+"""One stacked ``[L, O, I]``, or ``[O, I]`` for each of L experts."""
+
 
 class QuantizedWeight:
-    """A weight ``[L, O, I]`` in FP8, made when it is asked for.
+    """The weights of L experts in FP8, made when they are asked for.
 
-    ``keep``: until the weight changes, which its version tells (changes through ``.data`` don't raise that: call
-    `forget` then); FP8 copies for forward and backward take as much memory as the weight in bfloat16. Otherwise they
+    ``keep``: until a weight changes, which its version tells (changes through ``.data`` don't raise that: call
+    `forget` then); FP8 copies for forward and backward take as much memory as the weights in bfloat16. Otherwise they
     are made for every product and dropped after it.
     """
 
     def __init__(self, keep: bool) -> None:
         self.keep = keep
-        self._key: tuple[int, int] | None = None
+        self._key: list[tuple[int, int]] | None = None
         self._kept: tuple[Fp8Weight | None, Fp8Weight | None] = (None, None)
 
-    def for_forward(self, weight_LOI: torch.Tensor, *, trained: bool) -> Fp8Weight:
+    def for_forward(self, *weights: torch.Tensor, trained: bool) -> Fp8Weight:
         """``[L, O, I]``; ``trained``: a backward will follow."""
-        return self._get(weight_LOI, 0, trained)
+        return self._get(weights, 0, trained)
 
-    def for_backward(self, weight_LOI: torch.Tensor) -> Fp8Weight:
+    def for_backward(self, *weights: torch.Tensor) -> Fp8Weight:
         """``[L, I, O]``"""
-        return self._get(weight_LOI, 1, True)
+        return self._get(weights, 1, True)
 
     def forget(self) -> None:
         self._key, self._kept = None, (None, None)
 
-    def _get(self, weight_LOI: torch.Tensor, which: int, both: bool) -> Fp8Weight:
+    def _get(self, weights: Weights, which: int, both: bool) -> Fp8Weight:
         with torch.no_grad(), named_range("moe_ep.experts.quantize_weight"):
             if not self.keep:
-                return quantize_weight(weight_LOI.contiguous(), rows=which == 0, transposed=which == 1)[which]
-            key = weight_LOI.data_ptr(), weight_LOI._version
+                return quantize_weight(*weights, rows=which == 0, transposed=which == 1)[which]
+            key = [(weight.data_ptr(), weight._version) for weight in weights]
             if key != self._key or self._kept[which] is None:
                 self.forget()  # memory first
-                self._kept = quantize_weight(weight_LOI.contiguous(), transposed=both)
+                self._kept = quantize_weight(*weights, transposed=both)
                 self._key = key
             return self._kept[which]
 
@@ -88,32 +92,38 @@ class Fp8Weights:
 def fp8_experts(
     tokens: Fp8Tokens,
     weights_N: torch.Tensor | None,
-    w_gate_up: torch.Tensor,
-    w_down: torch.Tensor,
+    w_gate_up: torch.Tensor | Sequence[torch.Tensor],
+    w_down: torch.Tensor | Sequence[torch.Tensor],
     groups: RowGroups,
     quantized: Fp8Weights,
 ) -> torch.Tensor:
     """``w_down[e] (silu(gate) * up * router_weight)``, ``[gate; up] = w_gate_up[e] x``: ``[N, H]`` in w_down's dtype.
 
-    tokens: Fp8Tokens ``[N, H]``; weights: float32 ``[N]`` or None; w_gate_up ``[L, 2F, H]``, w_down ``[L, H, F]``.
+    tokens: Fp8Tokens ``[N, H]``; weights: float32 ``[N]`` or None; w_gate_up ``[L, 2F, H]``, w_down ``[L, H, F]``, or
+    a matrix for each expert.
     """
     gate_up_NG = fp8_matmul(tokens, w_gate_up, groups, quantized.gate_up)
     return fp8_matmul(fp8_swiglu(gate_up_NG, weights_N), w_down, groups, quantized.down)
 
 
 def fp8_matmul(
-    tokens: Fp8Tokens, weight_LOI: torch.Tensor, groups: RowGroups, quantized: QuantizedWeight
+    tokens: Fp8Tokens,
+    weight: torch.Tensor | Sequence[torch.Tensor],
+    groups: RowGroups,
+    quantized: QuantizedWeight,
 ) -> torch.Tensor:
     """``out[rows of e] = rows of e @ weight[e].T`` in weight's dtype: ``[N, O]``; differentiable.
 
-    Backward takes a gradient in any form: FP8 rows for which a tensor of `moe_ep.fp8.carry` stands, or numbers, which
-    it quantises. A `WeightGradStore` may keep the weight's gradient for later.
+    ``weight [L, O, I]``, or ``[O, I]`` for each expert. Backward takes a gradient in any form: FP8 rows for which a
+    tensor of `moe_ep.fp8.carry` stands, or numbers, which it quantises. A `WeightGradStore` may keep the weights'
+    gradients for later.
     """
+    weights = (weight,) if isinstance(weight, torch.Tensor) else tuple(weight)
     carrier = tokens.carrier
-    put = None if carrier is None else later(carrier, weight_LOI)
+    put = None if carrier is None else later(carrier, *weights)
     if put is not None:
-        weight_LOI = weight_LOI.detach()
-    out_NO = _Matmul.apply(carrier, tokens.data, tokens.scale_inv, weight_LOI, groups, quantized, put)
+        weights = tuple(each.detach() for each in weights)
+    out_NO = _Matmul.apply(carrier, tokens.data, tokens.scale_inv, groups, quantized, put, *weights)
     fp8.take_carried_gradient(out_NO)
     return out_NO
 
@@ -126,36 +136,40 @@ def fp8_swiglu(gate_up_NG: torch.Tensor, weights_N: torch.Tensor | None) -> Fp8T
 
 class _Matmul(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, carrier, data, scale_inv, weight_LOI, groups, quantized, put):
-        ctx.save_for_backward(data, scale_inv, weight_LOI)
+    def forward(ctx, carrier, data, scale_inv, groups, quantized, put, *weights):
+        ctx.save_for_backward(data, scale_inv, *weights)
         ctx.groups, ctx.quantized, ctx.put = groups, quantized, put
-        ctx.rows_dtype = weight_LOI.dtype if carrier is None else carrier.dtype
-        weight = quantized.for_forward(weight_LOI, trained=ctx.needs_input_grad[0])
+        dtype = weights[0].dtype
+        ctx.rows_dtype = dtype if carrier is None else carrier.dtype
+        weight = quantized.for_forward(*weights, trained=ctx.needs_input_grad[0])
         with named_range("moe_ep.experts.matmul"):
-            return rows_by_weights(Fp8Tokens(data, scale_inv), weight, groups, weight_LOI.dtype)
+            return rows_by_weights(Fp8Tokens(data, scale_inv), weight, groups, dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_NO):
-        data, scale_inv, weight_LOI = ctx.saved_tensors
-        groups, quantized, dtype = ctx.groups, ctx.quantized, weight_LOI.dtype
+        data, scale_inv, *weights = ctx.saved_tensors
+        groups, dtype = ctx.groups, weights[0].dtype
+        stacked = weights[0].dim() == 3
         grad = fp8.carried(grad_NO) or fp8.quantize(grad_NO.contiguous())
 
-        def weight_gradient() -> torch.Tensor:
+        def weight_gradients() -> Weights:
             with named_range("moe_ep.experts.requantize_columns"):
                 grad_columns = requantize_columns(grad, groups)
                 columns = requantize_columns(Fp8Tokens(data, scale_inv), groups)
             with named_range("moe_ep.experts.matmul.wgrad"):
-                return columns_by_columns(grad_columns, columns, groups, dtype)
+                grad_LOI = columns_by_columns(grad_columns, columns, groups, dtype)
+            return (grad_LOI,) if stacked else grad_LOI.unbind()
 
-        # Unless it is put off, before the other gradient, which takes more memory and stays.
-        grad_weight = now_or_later(weight_gradient, ctx.put, ctx.needs_input_grad[3])
+        # Unless they are put off, before the other gradient, which takes more memory and stays.
+        wanted = any(ctx.needs_input_grad[6:])
+        grad_weights = now_or_later(weight_gradients, ctx.put, wanted) or (None,) * len(weights)
         grad_rows = None
         if ctx.needs_input_grad[0]:
-            weight = quantized.for_backward(weight_LOI)
+            weight = ctx.quantized.for_backward(*weights)
             with named_range("moe_ep.experts.matmul.dgrad"):
                 grad_rows = rows_by_weights(grad, weight, groups, ctx.rows_dtype)
-        return grad_rows, None, None, grad_weight, None, None, None
+        return grad_rows, None, None, None, None, None, *grad_weights
 
 
 class _Swiglu(torch.autograd.Function):

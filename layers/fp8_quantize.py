@@ -126,34 +126,42 @@ def transpose_scales(scale_inv: torch.Tensor, groups: RowGroups) -> torch.Tensor
 
 
 def quantize_weight(
-    weight_LRC: torch.Tensor, *, rows: bool = True, transposed: bool = False
+    *weights: torch.Tensor, rows: bool = True, transposed: bool = False
 ) -> tuple[Fp8Weight | None, Fp8Weight | None]:
-    """``weight [L, R, C]`` in 128x128 blocks: as it is, and transposed (``[L, C, R]``), whichever is wanted."""
-    num_matrices, num_rows, num_columns = weight_LRC.shape
-    kernels = _kernels(weight_LRC, num_columns)
-    if kernels is None or num_rows % BLOCK or weight_LRC.dtype not in swiglu.KERNEL_DTYPES:
-        plain = quantize_weight_torch(weight_LRC)
+    """L matrices in 128x128 blocks: as they are, and transposed (``[L, C, R]``), whichever is wanted.
+
+    ``weights``: one ``[L, R, C]``, or ``[R, C]`` for each of them.
+    """
+    stacks = [weight.contiguous().view(-1, *weight.shape[-2:]) for weight in weights]
+    num_matrices, (num_rows, num_columns) = sum(map(len, stacks)), stacks[0].shape[1:]
+    device, dtype = stacks[0].device, stacks[0].dtype
+    kernels = _kernels(stacks[0], num_columns)
+    if kernels is None or num_rows % BLOCK or dtype not in swiglu.KERNEL_DTYPES:
+        plain = quantize_weight_torch(torch.cat(stacks))
         turned = Fp8Weight(
             plain.data.transpose(1, 2).contiguous(), plain.scale_inv.transpose(1, 2).contiguous()
         )
         return plain if rows else None, turned if transposed else None
-    as_is = _empty_weight(num_matrices, num_rows, num_columns, weight_LRC.device) if rows else None
-    turned = _empty_weight(num_matrices, num_columns, num_rows, weight_LRC.device) if transposed else None
-    with torch.cuda.device(weight_LRC.device):
-        kernels.quantize_blocks(
-            x=weight_LRC.data_ptr(),
-            dtype=getattr(kernels.DType, swiglu.KERNEL_DTYPES[weight_LRC.dtype]),
-            matrices=num_matrices,
-            rows=num_rows,
-            cols=num_columns,
-            data=as_is.data.data_ptr() if rows else 0,
-            scale_inv=as_is.scale_inv.data_ptr() if rows else 0,
-            scale_stride=as_is.scale_inv.shape[2] if rows else 0,
-            transposed=turned.data.data_ptr() if transposed else 0,
-            transposed_scale_inv=turned.scale_inv.data_ptr() if transposed else 0,
-            transposed_scale_stride=turned.scale_inv.shape[2] if transposed else 0,
-            stream=torch.cuda.current_stream().cuda_stream,
-        )
+    as_is = _empty_weight(num_matrices, num_rows, num_columns, device) if rows else None
+    turned = _empty_weight(num_matrices, num_columns, num_rows, device) if transposed else None
+    first = 0
+    with torch.cuda.device(device):
+        for stack in stacks:
+            kernels.quantize_blocks(
+                x=stack.data_ptr(),
+                dtype=getattr(kernels.DType, swiglu.KERNEL_DTYPES[dtype]),
+                matrices=len(stack),
+                rows=num_rows,
+                cols=num_columns,
+                data=as_is.data[first:].data_ptr() if rows else 0,
+                scale_inv=as_is.scale_inv[first:].data_ptr() if rows else 0,
+                scale_stride=as_is.scale_inv.shape[2] if rows else 0,
+                transposed=turned.data[first:].data_ptr() if transposed else 0,
+                transposed_scale_inv=turned.scale_inv[first:].data_ptr() if transposed else 0,
+                transposed_scale_stride=turned.scale_inv.shape[2] if transposed else 0,
+                stream=torch.cuda.current_stream().cuda_stream,
+            )
+            first += len(stack)
     return as_is, turned
 
 

@@ -119,8 +119,10 @@ class _LoopedMatmul(torch.autograd.Function):
         return grad_rows, now_or_later(weight_gradient, ctx.put, wanted), None, None
 
 
-def now_or_later(weight_gradient: Compute, put: Later | None, wanted: bool) -> torch.Tensor | None:
-    """The weight's gradient, if autograd is to have it."""
+def now_or_later(
+    weight_gradient: Compute, put: Later | None, wanted: bool
+) -> torch.Tensor | tuple[torch.Tensor, ...] | None:
+    """The gradient of the weight, or those of several, if autograd is to have it."""
     if put is not None:
         put(weight_gradient)
         return None

@@ -7,7 +7,7 @@ nothing waits for until the optimiser. Kept apart, the second half can run while
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -15,7 +15,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-Compute = Callable[[], torch.Tensor]
+Compute = Callable[[], torch.Tensor | tuple[torch.Tensor, ...]]
+"""Computes the gradient of a weight, or those of several."""
+
 Later = Callable[[Compute], None]
 """Takes what computes a weight's gradient, and keeps it until it is run."""
 
@@ -40,7 +42,7 @@ class WeightGradStore:
     """
 
     def __init__(self) -> None:
-        self._waiting: list[tuple[nn.Parameter, Compute]] = []
+        self._waiting: list[tuple[Sequence[nn.Parameter], Compute]] = []
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -60,32 +62,32 @@ class WeightGradStore:
         waiting, self._waiting = self._waiting, []
         waiting.reverse()
         while waiting:  # each one's memory is free before the next
-            weight, compute = waiting.pop()
+            weights, compute = waiting.pop()
             with torch.no_grad():
-                grad = compute()
-            torch.autograd.backward([weight], [grad])
-            del compute, grad
+                grads = compute()
+            torch.autograd.backward(weights, grads)
+            del compute, grads
 
-    def put(self, weight: nn.Parameter, compute: Compute) -> None:
-        self._waiting.append((weight, compute))
+    def put(self, weights: Sequence[nn.Parameter], compute: Compute) -> None:
+        self._waiting.append((weights, compute))
 
 
 _of_thread = threading.local()
 
 
-def later(x: torch.Tensor, weight: torch.Tensor) -> Later | None:
-    """For the product of ``x`` and ``weight``: where the gradient of the weight is to be put; None: nowhere, it is
-    autograd's as usual.
+def later(x: torch.Tensor, *weights: torch.Tensor) -> Later | None:
+    """For the product of ``x`` and ``weights``: where the gradients of the weights are to be put; None: nowhere, they
+    are autograd's as usual.
 
-    A product for which it is not None hides the weight from autograd (``weight.detach()``), which would run the
-    weight's hooks too early.
+    A product for which it is not None hides the weights from autograd (``weight.detach()``), which would run the
+    weights' hooks too early.
     """
     store = getattr(_of_thread, "store", None)
     if store is None or not torch.is_grad_enabled() or not x.requires_grad:
         return None
-    if not (weight.requires_grad and weight.is_leaf):
+    if not all(weight.requires_grad and weight.is_leaf for weight in weights):
         return None
-    return lambda compute: store.put(weight, compute)
+    return lambda compute: store.put(weights, compute)
 
 
 class Linear(nn.Linear):

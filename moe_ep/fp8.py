@@ -206,10 +206,23 @@ def carry(tokens: Fp8Tokens, dtype: torch.dtype) -> torch.Tensor:
     """
     data = tokens.data
     carrier = torch.full((), float("nan"), dtype=dtype, device=data.device).expand(data.shape)
-    stream = torch.cuda.current_stream(data.device) if data.is_cuda else None
-    # NOTE: not the tokens' own carrier, which may be this one's: the entry would keep itself alive.
-    _carried[carrier.untyped_storage()] = _Carried(Fp8Tokens(data, tokens.scale_inv), stream)
+    _remember(carrier, tokens)
     return carrier
+
+
+def carry_differentiable(tokens: Fp8Tokens, dtype: torch.dtype) -> torch.Tensor:
+    """`carry`, by the tokens' own carrier if they have one: the gradient of the result is theirs."""
+    if tokens.carrier is None:
+        return carry(tokens, dtype)
+    _remember(tokens.carrier, tokens)
+    return tokens.carrier
+
+
+def _remember(carrier: torch.Tensor, tokens: Fp8Tokens) -> None:
+    data = tokens.data
+    stream = torch.cuda.current_stream(data.device) if data.is_cuda else None
+    # NOTE: without the tokens' own carrier, which may be this one: the entry would keep itself alive.
+    _carried[carrier.untyped_storage()] = _Carried(Fp8Tokens(data, tokens.scale_inv), stream)
 
 
 def carried(carrier: torch.Tensor) -> Fp8Tokens | None:
@@ -232,8 +245,11 @@ def take_carried_gradient(rows: torch.Tensor) -> None:
 
 
 def takes_carried_gradient(rows: torch.Tensor) -> bool:
-    """Whether the gradient of ``rows`` may be a tensor made by `carry`."""
-    return _takes_carried.get(rows.untyped_storage()) == rows.shape
+    """Whether the gradient of ``rows`` may be a tensor made by `carry`.
+
+    Not that of a leaf, such as a detached tensor: autograd would copy it into ``.grad``, as numbers.
+    """
+    return rows.grad_fn is not None and _takes_carried.get(rows.untyped_storage()) == rows.shape
 
 
 def make_carrier(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> torch.Tensor:

@@ -1,13 +1,15 @@
 """FP8 experts in plain torch: quantisation block by block, products and gradients against exact dequantised numbers."""
 
+import contextlib
+
 import pytest
 import torch
 
 import moe_ep
 from moe_ep import Fp8Tokens, fp8
 from moe_ep.errors import InvalidInput
-from moe_ep.layers import GroupedExperts, ModelConfig, MoELayer, fp8_quantize, swiglu
-from moe_ep.layers.fp8_experts import QuantizedWeight
+from moe_ep.layers import GroupedExperts, ModelConfig, MoELayer, WeightGradStore, fp8_quantize, swiglu
+from moe_ep.layers.fp8_experts import Fp8Weights, QuantizedWeight, fp8_experts
 from moe_ep.layers.row_groups import RowGroups
 from moe_ep.testing import run_ranks
 
@@ -151,10 +153,45 @@ def test_a_carrier_is_told_from_other_tensors():
     assert fp8.carried(carrier[:2]) is None
     assert fp8.carried(carrier.clone()) is None
     assert fp8.carried(random(4, 128)) is None
-    y = random(4, 128)
+    y = random(4, 128).requires_grad_() + 1
     assert not fp8.takes_carried_gradient(y)
     fp8.take_carried_gradient(y)
     assert fp8.takes_carried_gradient(y) and not fp8.takes_carried_gradient(y[1:])
+    assert not fp8.takes_carried_gradient(y.detach().requires_grad_())
+
+
+def test_a_differentiable_carrier_brings_the_gradient_back():
+    x = random(4, 128).requires_grad_()
+    tokens = fp8.quantize(x)
+    carrier = fp8.carry_differentiable(tokens, torch.float32)
+    assert carrier is tokens.carrier and fp8.carried(carrier).data is tokens.data
+    Fp8Tokens(tokens.data, tokens.scale_inv, carrier).dequantize(torch.float32).backward(x.detach())
+    assert torch.equal(x.grad, x)
+    alone = fp8.carry_differentiable(Fp8Tokens(tokens.data, tokens.scale_inv), torch.bfloat16)
+    assert alone.dtype == torch.bfloat16 and fp8.carried(alone).data is tokens.data
+
+
+@pytest.mark.parametrize("delayed", [False, True])
+def test_a_matrix_for_each_expert_is_the_same_as_a_stack(delayed):
+    experts, groups = make_experts(), groups_of()
+    tokens, grad = (
+        fp8.quantize(random(groups.num_rows, HIDDEN).requires_grad_()),
+        random(groups.num_rows, HIDDEN),
+    )
+    stacks = experts.w_gate_up, experts.w_down
+    y = fp8_experts(tokens, None, *stacks, groups, Fp8Weights(keep=False))
+    wanted = torch.autograd.grad(y, stacks, grad)
+
+    matrices = [[torch.nn.Parameter(each.detach().clone()) for each in stack] for stack in stacks]
+    store = WeightGradStore()
+    with store.collecting() if delayed else contextlib.nullcontext():
+        apart = fp8_experts(tokens, None, *matrices, groups, Fp8Weights(keep=True))
+    assert torch.equal(apart, y)
+    apart.backward(grad)
+    assert len(store) == 2 * delayed and (matrices[0][0].grad is None) == delayed
+    store.run()
+    for parameters, gradient in zip(matrices, wanted, strict=True):
+        assert torch.equal(torch.stack([each.grad for each in parameters]), gradient)
 
 
 def test_weights_are_quantised_again_when_they_change():
