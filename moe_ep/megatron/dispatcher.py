@@ -12,6 +12,7 @@ backward. Hence:
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import torch
@@ -22,6 +23,7 @@ from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 import moe_ep
+from moe_ep.layers.fp8_quantize import COLUMN_ALIGNMENT
 
 from ..errors import InvalidInput
 from .communicators import shared_communicator
@@ -115,7 +117,10 @@ class MoeEpTokenDispatcher(MoETokenDispatcher):
     def token_dispatch(
         self, hidden_states: torch.Tensor, probs: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Send tokens ``[T, H]`` with ``probs [T, K]`` to their experts' ranks: rows ``[R, H]`` and ``[R]``."""
+        """Send tokens ``[T, H]`` with ``probs [T, K]`` to their experts' ranks: rows ``[R, H]`` and ``[R]``.
+
+        For ``fp8_experts``, rows that arrive in FP8 stay so: the tensor stands for them (`moe_ep.fp8.carried`).
+        """
         if self.shared_experts is not None:
             self.shared_experts.wait_current_stream()
         out = self._dispatch(hidden_states.contiguous(), probs)
@@ -123,7 +128,10 @@ class MoeEpTokenDispatcher(MoETokenDispatcher):
         self.tokens_per_expert = self._counts(out)
         rows = out.tokens
         if isinstance(rows, moe_ep.Fp8Tokens):
-            rows = rows.dequantize(hidden_states.dtype)
+            # Rows that are yet to be rearranged can't be stood for.
+            as_they_are = self.options.fp8_experts is not None and self._capacity is None
+            give = moe_ep.fp8.carry_differentiable if as_they_are else moe_ep.Fp8Tokens.dequantize
+            rows = give(rows, hidden_states.dtype)
         if self._recompute is not None:
             self._recompute.remember(out.handle)
         if self.shared_experts is not None:
@@ -214,7 +222,7 @@ class MoeEpTokenDispatcher(MoETokenDispatcher):
         """
         if self._capacity is not None:
             return self._capacity
-        return _quantization_alignment(self.config)
+        return self._quantization_alignment()
 
     def _rows_per_expert(self, num_tokens: int) -> int | None:
         """With moe_pad_expert_input_to_capacity, the rows that every local expert gets from all ranks together."""
@@ -224,8 +232,15 @@ class MoeEpTokenDispatcher(MoETokenDispatcher):
         capacity = get_capacity(
             num_tokens * config.moe_router_topk, config.num_moe_experts, config.moe_expert_capacity_factor
         )
-        alignment = _quantization_alignment(config)
+        alignment = self._quantization_alignment()
         return -(-capacity * self.tp_size * self.ep_size // alignment) * alignment
+
+    def _quantization_alignment(self) -> int:
+        """Rows to which Megatron's experts would pad, and those that FP8 experts need; 1 for none."""
+        config, alignment = self.config, 1
+        if config.fp8 or config.fp4 or config.moe_router_padding_for_quantization:
+            alignment = max(1, get_align_size_for_quantization(config))
+        return alignment if self.options.fp8_experts is None else math.lcm(alignment, COLUMN_ALIGNMENT)
 
     def _counts(self, out: moe_ep.DispatchOutput) -> torch.Tensor:
         """Rows of each local expert, on the host, where Megatron's experts read them."""
@@ -256,10 +271,3 @@ class _ScheduleInterface:
 
     def get_number_of_tokens_per_expert(self) -> torch.Tensor | None:
         return self._dispatcher.tokens_per_expert
-
-
-def _quantization_alignment(config: TransformerConfig) -> int:
-    """Rows to which Megatron's experts would pad; 1 for none."""
-    if config.fp8 or config.fp4 or config.moe_router_padding_for_quantization:
-        return max(1, get_align_size_for_quantization(config))
-    return 1

@@ -1,4 +1,4 @@
-"""Putting the dispatcher into Megatron's models: into a built one, or into the specs of one to be built."""
+"""Putting the dispatcher, and FP8 experts, into Megatron's models: built ones, or specs of those to be built."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
 from .dispatcher import MoeEpTokenDispatcher
+from .experts import check_experts, use_fp8
 from .options import DispatcherOptions
 
 Model = TypeVar("Model")
@@ -28,7 +29,7 @@ that go into and come out of a dispatch, and that experts need not pad for quant
 
 
 def install(model: Model, **options: Any) -> Model:
-    """Have every MoELayer of ``model`` use moe_ep; not collective.
+    """Have every MoELayer of ``model`` use moe_ep, for its experts, too, with ``fp8_experts``; not collective.
 
     Args:
         model: a built Megatron model, or a list of model chunks; wrapped in DDP or not. A chunk without MoELayers
@@ -38,7 +39,7 @@ def install(model: Model, **options: Any) -> Model:
     Returns: ``model``, changed in place. Its config then says ``flex`` and ``hybridep``, which to Megatron means:
     rows arrive grouped by expert and padded.
 
-    Raises InvalidInput, naming the flag, for a setting that the dispatcher can't honour; the model is then unchanged.
+    Raises InvalidInput, naming the flag, for a setting that can't be honoured; the model is then unchanged.
     """
     chosen = DispatcherOptions(**options)
     chunks = list(model) if isinstance(model, Iterable) and not isinstance(model, nn.Module) else [model]
@@ -56,7 +57,7 @@ def install(model: Model, **options: Any) -> Model:
 
 
 class MoeEpLayer(MoELayer):
-    """A MoELayer with this dispatcher, for layer specs. `use_in_spec` puts it there.
+    """A MoELayer with this dispatcher, and FP8 experts if so chosen, for layer specs. `use_in_spec` puts it there.
 
     Args: as for MoELayer, and ``options``.
     """
@@ -91,12 +92,16 @@ def _make_dispatcher(layer: MoELayer, options: DispatcherOptions) -> MoeEpTokenD
         layer.token_dispatcher
     )  # it has the right groups, also where the model was given a collection of its own
     groups = SimpleNamespace(ep=old.ep_group, expt_tp=old.tp_group, tp_ep=old.tp_ep_group)
+    if options.fp8_experts is not None:
+        check_experts(layer.experts)
     return MoeEpTokenDispatcher(
         layer.num_local_experts, layer.local_expert_indices, layer.config, groups, options
     )
 
 
 def _use(layer: MoELayer, dispatcher: MoeEpTokenDispatcher) -> None:
+    if dispatcher.options.fp8_experts is not None:
+        use_fp8(layer.experts, keep_weights=dispatcher.options.keep_fp8_weights)
     if layer.use_shared_expert and layer.shared_expert_overlap:
         dispatcher.set_shared_experts(layer.shared_experts)
     if layer.moe_layer_recompute:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch.nn.functional as F
 from megatron.core.transformer.enums import CudaGraphModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -21,6 +22,9 @@ class DispatcherOptions:
       ``moe_flex_dispatcher_num_sms``, and if that is None, too, moe_ep's own choice.
     - ``fp8``: "blockwise": tokens are quantised to FP8 before they travel and are dequantised where they arrive.
     - ``fp8_backward``: "blockwise": the same for the gradient on its way to the experts.
+    - ``fp8_experts``: "blockwise": experts compute in FP8, forward and backward, by moe_ep's products: tokens that
+      arrive in FP8 are multiplied as they are.
+    - ``keep_fp8_weights``: weights of such experts are quantised once a step, and kept: less time, more memory.
     """
 
     backend: str = "auto"
@@ -29,6 +33,16 @@ class DispatcherOptions:
     timeout_s: float = 100.0
     fp8: str | None = None
     fp8_backward: str | None = None
+    fp8_experts: str | None = None
+    keep_fp8_weights: bool = False
+
+    def __post_init__(self) -> None:
+        if self.fp8_experts not in (None, "blockwise"):
+            raise InvalidInput(f"fp8_experts is {self.fp8_experts!r}; it must be None or 'blockwise'")
+        if self.keep_fp8_weights and self.fp8_experts is None:
+            raise InvalidInput(
+                "keep_fp8_weights is True, but fp8_experts is None; give fp8_experts='blockwise'"
+            )
 
 
 def check_config(config: TransformerConfig, options: DispatcherOptions) -> None:
@@ -55,6 +69,8 @@ def check_config(config: TransformerConfig, options: DispatcherOptions) -> None:
             "give; leave one of the two out"
         )
     _check_recompute_under_graphs(config)
+    if options.fp8_experts is not None:
+        _check_fp8_experts(config, options)
 
 
 def _check_recompute_under_graphs(config: TransformerConfig) -> None:
@@ -68,4 +84,36 @@ def _check_recompute_under_graphs(config: TransformerConfig) -> None:
         raise InvalidInput(
             "recompute_modules has 'layernorm' and cuda_graph_modules has moe_preprocess: the tokens to be dispatched "
             "are the graph's own output and can't be recomputed; leave one of the two out"
+        )
+
+
+def _check_fp8_experts(config: TransformerConfig, options: DispatcherOptions) -> None:
+    plain_swiglu = (
+        config.gated_linear_unit
+        and config.activation_func is F.silu
+        and config.activation_func_clamp_value is None
+        and config.glu_linear_offset == 0
+    )
+    if not plain_swiglu:
+        raise InvalidInput("fp8_experts are SwiGLU experts, without clamping and offset; set --swiglu")
+    offloaded = set(config.offload_modules or ()) & {"expert_fc1", "moe_act", "fused_group_mlp"}
+    unsupported = {
+        "add_bias_linear": (config.add_bias_linear, "set --disable-bias-linear"),
+        "moe_apply_probs_on_input": (config.moe_apply_probs_on_input, "leave it out"),
+        "moe_mlp_glu_interleave_size": (config.moe_mlp_glu_interleave_size, "leave it out"),
+        "use_transformer_engine_op_fuser": (config.use_transformer_engine_op_fuser, "leave it out"),
+        "moe_paged_stash": (config.moe_paged_stash, "leave it out"),
+        "fp8_param": (config.fp8_param, "their weights are bfloat16: leave out --fp8-param-gather"),
+        "offload_modules": (
+            config.fine_grained_activation_offloading and sorted(offloaded),
+            "leave these modules out",
+        ),
+    }
+    for name, (value, remedy) in unsupported.items():
+        if value:
+            raise InvalidInput(f"{name} is {value}, which fp8_experts can't honour; {remedy}")
+    if options.keep_fp8_weights and config.fp8 is None:
+        raise InvalidInput(
+            "keep_fp8_weights is True, but Megatron says when weights have changed only where the model computes in "
+            "FP8; set --fp8-format, or leave out keep_fp8_weights"
         )

@@ -60,10 +60,10 @@ def layer_config(config_class: type = TransformerConfig, **changes: Any) -> Tran
     return config_class(**{**settings, **changes})
 
 
-def make_layer(config: TransformerConfig, *, in_spec: bool = False) -> MoELayer:
-    """A stock MoELayer, or a MoeEpLayer."""
+def make_layer(config: TransformerConfig, *, in_spec: bool = False, **options: Any) -> MoELayer:
+    """A stock MoELayer, or a MoeEpLayer with ``options``."""
     spec = get_moe_module_spec(USE_TE, config.num_moe_experts, moe_grouped_gemm=USE_TE)
-    layer = (use_in_spec(spec) if in_spec else spec)(config=config)
+    layer = (use_in_spec(spec, **options) if in_spec else spec)(config=config)
     layer.set_layer_number(1)
     fill_parameters(layer)
     return layer.to(device())
