@@ -21,3 +21,16 @@ def assert_equal(ours: dict[str, torch.Tensor], stock: dict[str, torch.Tensor], 
         )
     live = [name for name, wanted in stock.items() if wanted is not None and wanted.count_nonzero()]
     assert len(live) >= 3, f"almost all tensors are zero, so that equality says little; not zero are {live}"
+
+
+def assert_close(ours: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
+    """Every tensor is what it is without FP8, but for the error of products of numbers with 4 significant bits."""
+    assert ours.keys() == wanted.keys()
+    for name, exact in wanted.items():
+        got = ours[name]
+        if exact is None or got is None:
+            assert got is None and exact is None, f"{name}: only one of the two has a gradient"
+            continue
+        assert got.dtype == exact.dtype and torch.isfinite(got).all(), f"{name} is {got.dtype}, or not finite"
+        error = (got.double() - exact.double()).norm() / exact.double().norm()
+        assert error < 0.09, f"{name} has a relative error of {error:.3f}"

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron_layer_cases import DEEPSEEK_ROUTING
-from megatron_model_cases import Gradients, deepseek_v3_config, make_stock, schedule, train
-from megatron_models import layer_config, layer_input, make_gpt, make_layer, run_layer
+from megatron_model_cases import Gradients, make_installed, make_stock, schedule, train
+from megatron_models import layer_config, layer_input, make_layer, run_layer
 
 from moe_ep import fp8
 from moe_ep.errors import InvalidInput
@@ -168,7 +168,7 @@ def message_of(call: Callable[[], Any]) -> str:
 
 
 def make_fp8(**changes: Any) -> torch.nn.Module:
-    return install(make_gpt(deepseek_v3_config(**changes)), **FP8)
+    return make_installed(options=FP8, **changes)
 
 
 def run_schedules() -> dict[str, Gradients]:

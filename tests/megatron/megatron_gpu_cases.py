@@ -14,6 +14,7 @@ from megatron_model_cases import Gradients, make_installed, make_stock, schedule
 from megatron_models import device, layer_config, layer_input, make_layer, run_layer
 
 from moe_ep.megatron import DispatcherOptions, install
+from moe_ep.megatron.experts import Fp8GroupedMLP
 
 SHAPE = 128, 2, 256  # sequence, batch, hidden
 BF16 = {"bf16": True, "params_dtype": torch.bfloat16}
@@ -74,12 +75,53 @@ def run_layers(world_size: int, backend: str) -> dict[str, tuple[Tensors, Tensor
     return results
 
 
+OWN_FP8 = {"fp8": "blockwise", "fp8_backward": "blockwise", "fp8_experts": "blockwise"}
+OWN_LAYERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "plain": ({}, OWN_FP8),
+    "travelling in bfloat16": ({}, {"fp8_experts": "blockwise"}),
+    "recompute": (RECOMPUTE, OWN_FP8),
+    "shared expert overlap": (LAYERS["shared expert overlap"], OWN_FP8),
+    "padded to capacity": (LAYERS["padded to capacity"], OWN_FP8),
+    "in a model that computes in FP8": (FP8, {**OWN_FP8, "keep_fp8_weights": True}),
+}
+
+
+def run_own_experts(world_size: int, backend: str) -> dict[str, tuple[Tensors, Tensors]]:
+    """For each case what the stock layer gave in bfloat16, and ours with FP8 experts."""
+    begin(world_size)
+    results = {}
+    for name, (changes, options) in OWN_LAYERS.items():
+        x = layer_input(shape=SHAPE, dtype=torch.bfloat16)
+        settings = {**WIDE, **changes, "expert_model_parallel_size": world_size}
+        ours = install(make_layer(layer_config(**settings)), backend=backend, **options)
+        assert type(ours.experts) is Fp8GroupedMLP
+        without = {key: value for key, value in settings.items() if key not in FP8}
+        stock = make_layer(layer_config(**without))
+        results[name] = on_cpu(run_layer(stock, x)), on_cpu(run_layer(ours, x))
+    return results
+
+
+def run_own_schedules(backend: str) -> dict[str, Gradients]:
+    """Gradients with FP8 experts after three micro-batches, by schedule."""
+    begin(2)
+    make = partial(make_installed, options={"backend": backend, **OWN_FP8})
+    overlap = {"overlap_moe_expert_parallel_comm": True}
+    return {
+        "in turn": on_cpu(schedule(make, **MODEL)),
+        "overlap": on_cpu(schedule(make, **MODEL, **overlap)),
+        "overlap and delayed wgrad": on_cpu(schedule(make, **MODEL, **overlap, delay_wgrad_compute=True)),
+    }
+
+
 def run_schedules(backend: str) -> dict[str, Gradients]:
     """Gradients after three micro-batches, by dispatcher and schedule."""
     begin(2)
     overlap = {"overlap_moe_expert_parallel_comm": True}
     results = {}
-    for name, make in (("stock", make_stock), ("moe_ep", partial(make_installed, backend=backend))):
+    for name, make in (
+        ("stock", make_stock),
+        ("moe_ep", partial(make_installed, options={"backend": backend})),
+    ):
         results[name] = on_cpu(schedule(make, **MODEL))
         results[f"{name}, overlap"] = on_cpu(schedule(make, **MODEL, **overlap))
         delayed = schedule(make, **MODEL, **overlap, delay_wgrad_compute=True)

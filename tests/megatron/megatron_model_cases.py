@@ -34,8 +34,8 @@ def make_stock(**changes: Any) -> GPTModel:
     return make_gpt(deepseek_v3_config(**changes))
 
 
-def make_installed(*, backend: str = "auto", **changes: Any) -> GPTModel:
-    model = install(make_stock(**changes), backend=backend)
+def make_installed(*, options: dict[str, Any] | None = None, **changes: Any) -> GPTModel:
+    model = install(make_stock(**changes), **(options or {}))
     assert len(dispatchers(model)) == 3  # two layers and MTP's
     return model
 

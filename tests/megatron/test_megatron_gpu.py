@@ -4,7 +4,7 @@ import importlib.util
 
 import pytest
 import torch
-from comparison import assert_equal
+from comparison import assert_close, assert_equal
 from megatron_on_cpu import call
 from processes import run_cuda
 
@@ -49,6 +49,23 @@ def test_overlap_gives_the_same_gradients(backend):
         for schedule in ("", ", overlap", ", overlap and delayed wgrad"):
             print(f"{backend}{schedule}")
             assert_equal(results[f"moe_ep{schedule}"], results[f"stock{schedule}"], rtol=ROUNDING)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_fp8_experts_in_layers(world_size, backend):
+    for results in run(world_size, "megatron_gpu_cases.run_own_experts", world_size, backend):
+        for name, (stock, ours) in results.items():
+            print(f"{world_size} ranks, {backend}: {name}")
+            assert_close(ours, stock)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_fp8_experts_in_schedules(backend):
+    for results in run(2, "megatron_gpu_cases.run_own_schedules", backend):
+        for schedule in ("overlap", "overlap and delayed wgrad"):
+            print(f"{backend}: {schedule}")
+            assert_equal(results[schedule], results["in turn"], rtol=ROUNDING)
 
 
 def test_a_captured_dispatch_follows_its_inputs():
