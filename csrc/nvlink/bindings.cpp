@@ -77,9 +77,14 @@ std::vector<int> bad_ranks(const Communicator& self) {
   return ranks;
 }
 
-std::vector<int64_t> tokens_per_expert(const Communicator& self) {
-  const volatile int64_t* counts = self.group().host->tokens_per_expert;
-  return std::vector<int64_t>(counts, counts + self.group().num_local);
+// What the plan has reported: the rows of the exact result, and at `splits` those of each local expert, padded.
+int64_t read_plan(const Communicator& self, int64_t alignment, Address splits) {
+  const HostRecord* host = self.group().host;
+  int64_t* const rows = pointer<int64_t>(splits);
+  for (int expert = 0; expert < self.group().num_local; ++expert) {
+    rows[expert] = (host->tokens_per_expert[expert] + alignment - 1) / alignment * alignment;
+  }
+  return host->rows_needed;
 }
 
 }  // namespace
@@ -116,10 +121,8 @@ void bind(py::module_& module) {
       .def_property_readonly("bad_ids",
                              [](const Communicator& self) { return self.group().host->bad_ids != 0; })
       .def("forget_bad_ids", [](const Communicator& self) { self.group().host->bad_ids = 0; })
-      .def("rows_needed",
-           [](const Communicator& self) { return static_cast<int64_t>(self.group().host->rows_needed); })
       .def("bad_ranks", &bad_ranks)
-      .def("tokens_per_expert", &tokens_per_expert)
+      .def("read_plan", &read_plan, py::arg("alignment"), py::arg("splits"))
       .def(
           "wait_for_plan",
           [](const Communicator& self, int64_t ticket, double timeout_s) {

@@ -204,6 +204,7 @@ class NvlinkBackend(Backend):
     def _wait_for_plan(self, topk_idx: torch.Tensor, spec: RoutingSpec) -> tuple[int, torch.Tensor]:
         """Rows of the exact result, and of each local expert."""
         communicator = self._communicator
+        splits = torch.empty(spec.num_local_experts, dtype=torch.int64)
         # The kernels give up by themselves after timeout_s.
         if not communicator.wait_for_plan(self._tickets, 2 * self.timeout_s + 10):
             self.check_health()
@@ -219,9 +220,7 @@ class NvlinkBackend(Backend):
                 f"topk_idx of rank {ranks} has expert ids outside [-1, {spec.num_experts}), or a token that names an "
                 "expert twice; nothing was sent"
             )
-        alignment = spec.expert_alignment
-        splits = [-(-count // alignment) * alignment for count in communicator.tokens_per_expert()]
-        return communicator.rows_needed(), torch.tensor(splits)
+        return communicator.read_plan(spec.expert_alignment, splits.data_ptr()), splits
 
     def dispatch(
         self,

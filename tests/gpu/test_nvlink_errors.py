@@ -144,7 +144,7 @@ def test_tensors_of_another_device_are_refused():
 
 def test_a_window_that_does_not_fit_is_explained():
     total = torch.cuda.get_device_properties(0).total_memory
-    hidden = 16384
+    hidden = 32768
     sizes = {"hidden": hidden, "num_experts": 8, "num_topk": 8}
     # Tokens in bfloat16 alone take more than the GPU has.
     with pytest.raises(moe_ep.MoeEpError) as caught:
