@@ -102,7 +102,7 @@ class LowLatency:
         statistics: int32 ``[L]`` to which the counts are added. apart: what is received is there only after a call of
         the third result; else that is None.
         """
-        self._nvlink._check_device(x)
+        self._nvlink.check_device(x)
         self._check_topk(topk_idx)
         calls = self._calls(shape)
         receive_turn = calls.dispatches.begin(apart)
@@ -116,7 +116,7 @@ class LowLatency:
             new((num_local, capacity), dtype=torch.int32),
             new((num_local, self.size), dtype=torch.int64),
         )
-        stream = self._nvlink._stream()
+        stream = self._nvlink.stream()
         tables = new(calls.kernels.table_words(topk_idx.shape[1]), dtype=torch.int32)
         x, topk_idx = _aligned(x), topk_idx.contiguous()
         arguments = dict(
@@ -161,7 +161,7 @@ class LowLatency:
         """
         calls = self._calls(sent.shape)
         receive_turn = calls.combines.begin(apart)
-        stream = self._nvlink._stream()
+        stream = self._nvlink.stream()
         _record_use([sent.tables], sent.stream, stream)
         wanted = out if out is not None else rows.new_empty((topk_idx.shape[0], sent.shape.hidden))
         target = (
@@ -194,11 +194,11 @@ class LowLatency:
 
     def mask(self, rank: int, masked: bool) -> None:
         """Leave a rank out of later calls, or take it back."""
-        self._nvlink._stream()
+        self._nvlink.stream()
         self.masked[rank].fill_(int(masked))
 
     def clear_masks(self) -> None:
-        self._nvlink._stream()
+        self._nvlink.stream()
         self.masked.zero_()
 
     def check_health(self) -> None:
@@ -297,7 +297,7 @@ class LowLatency:
         turn: Receive,
     ) -> Receive:
         def receive() -> None:
-            stream = self._nvlink._stream()
+            stream = self._nvlink.stream()
             _record_use(written, made_on, stream)
             launch(send=False, receive=True, stream=stream, **arguments)
             turn()

@@ -164,7 +164,7 @@ class NvlinkBackend(Backend):
         num_tokens, num_topk = topk_idx.shape
         num_local = spec.num_local_experts
         self.check_health(bad_ids=exact)
-        device = self._check_device(topk_idx)
+        device = self.check_device(topk_idx)
         per_token = min(num_topk, num_local) if expert_layout else 1
         most_rows = self.size * spec.max_tokens_per_rank * per_token + num_local * (spec.expert_alignment - 1)
         max_rows = most_rows if exact else spec.max_recv_rows
@@ -189,7 +189,7 @@ class NvlinkBackend(Backend):
             ids=0 if ids is None else ids.data_ptr(),
             ticket=self._tickets if exact else 0,
             num_blocks=self.num_sms("dispatch", spec.layout, 2, num_tokens, num_sms)[0],
-            stream=self._stream(),
+            stream=self.stream(),
         )
         # Before the wait, since dispatch is waited for from the plan's end on.
         tokens_per_expert, padded, needed = counts.split((num_local, num_local, 1))
@@ -268,7 +268,7 @@ class NvlinkBackend(Backend):
             has_padding=spec.expert_alignment > 1 or spec.max_recv_rows is not None,
             num_blocks=num_blocks,
             send_blocks=send_blocks,
-            stream=self._stream(),
+            stream=self.stream(),
         )
         return out, row_weights
 
@@ -311,7 +311,7 @@ class NvlinkBackend(Backend):
             expert_layout=spec.layout == "expert",
             num_blocks=num_blocks,
             send_blocks=send_blocks,
-            stream=self._stream(),
+            stream=self.stream(),
         )
         return out, topk_weights
 
@@ -346,7 +346,7 @@ class NvlinkBackend(Backend):
     def check_rows(self, name: str, rows: torch.Tensor) -> None:
         if self._cpu is not None and not rows.is_cuda:
             return
-        self._check_device(rows)
+        self.check_device(rows)
         if rows.dtype not in self._kernel_dtypes and rows.dtype != torch.uint8:
             raise InvalidInput(
                 f"{name} is {rows.dtype}; the NVLink kernels take float32, bfloat16, float16 and Fp8Tokens: "
@@ -379,7 +379,7 @@ class NvlinkBackend(Backend):
         self._memory = self._workspace = self._host = None
         self.members.close()
 
-    def _stream(self) -> int:
+    def stream(self) -> int:
         """The current stream, after this communicator's earlier calls."""
         # NOTE: as Triton and inductor ask for it; torch.cuda.current_stream makes an object, which takes longer.
         address = torch._C._cuda_getCurrentRawStream(self.device.index)
@@ -391,7 +391,7 @@ class NvlinkBackend(Backend):
             self._last_stream = stream
         return address
 
-    def _check_device(self, tensor: torch.Tensor) -> torch.device:
+    def check_device(self, tensor: torch.Tensor) -> torch.device:
         device = tensor.device
         if device != self.device:
             raise InvalidInput(
