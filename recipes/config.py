@@ -141,6 +141,13 @@ def with_model(config: TrainConfig, **changes: Any) -> TrainConfig:
     return dataclasses.replace(config, model=dataclasses.replace(config.model, **changes))
 
 
+def with_fp8(config: TrainConfig, on: bool = True) -> TrainConfig:
+    """`config` with experts that compute in FP8, tokens that travel so, and gradients to the experts; or without."""
+    mode = "blockwise" if on else None
+    alignment = math.lcm(config.model.expert_alignment, 16) if on else config.model.expert_alignment
+    return with_model(config, fp8=mode, fp8_backward=mode, fp8_experts=mode, expert_alignment=alignment)
+
+
 def with_seq_len(config: TrainConfig, seq_len: int) -> TrainConfig:
     """`config` with another sequence length, the model's limit raised where it is shorter."""
     if seq_len < 1:

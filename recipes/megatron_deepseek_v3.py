@@ -69,6 +69,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     group.add_argument("--dispatcher", choices=DISPATCHERS, default="moe_ep")
     group.add_argument("--dispatch-fp8", action="store_true", help="tokens travel as FP8 (moe_ep only)")
     group.add_argument(
+        "--experts-fp8",
+        action="store_true",
+        help="experts compute in FP8, with moe_ep's products, on what travels as FP8 both ways (moe_ep only)",
+    )
+    group.add_argument(
         "--text", nargs="+", default=[], help="files or folders; else Python's standard library"
     )
     return parser
@@ -101,10 +106,14 @@ def read_size(name: str) -> list[str]:
 def model_config(args: argparse.Namespace) -> GPTModelConfig:
     """What Megatron builds the model from. The hook is all that moe_ep needs."""
     config = gpt_config_from_args(args)
+    chosen = ["fp8"] if args.dispatch_fp8 else []
+    if args.experts_fp8:
+        chosen = ["fp8", "fp8_backward", "fp8_experts"]
     if args.dispatcher == "moe_ep":
-        config.pre_wrap_hooks.append(partial(install, fp8="blockwise" if args.dispatch_fp8 else None))
-    elif args.dispatch_fp8:
-        raise RecipeError(f"--dispatch-fp8 needs --dispatcher moe_ep; it is {args.dispatcher!r}")
+        config.pre_wrap_hooks.append(partial(install, **dict.fromkeys(chosen, "blockwise")))
+    elif chosen:
+        flag = "--experts-fp8" if args.experts_fp8 else "--dispatch-fp8"
+        raise RecipeError(f"{flag} needs --dispatcher moe_ep; it is {args.dispatcher!r}")
     return config
 
 

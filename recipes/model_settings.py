@@ -13,6 +13,7 @@ from moe_ep.layers import ModelConfig
 from .config import TrainConfig, with_model
 from .errors import RecipeError
 
+_MODES = ("fp8", "fp8_backward", "fp8_experts")  # None or a word
 _WORDS = {"None": "null", "True": "true", "False": "false"}
 
 
@@ -45,6 +46,6 @@ def _parse(text: str) -> tuple[str, Any]:
         parsed = value
     # A word is only right where the field holds words, as in score_function=softmax.
     default = fields[name].default
-    if isinstance(parsed, str) and not isinstance(default, str) and name not in ("fp8", "fp8_backward"):
+    if isinstance(parsed, str) and not isinstance(default, str) and name not in _MODES:
         raise RecipeError(f"--set {text}: {value!r} is no number; the default is {default!r}")
     return name, parsed

@@ -36,6 +36,7 @@ def describe_run(
         f"{world_size} rank{'s' if world_size > 1 else ''} ({where}), {c.num_experts // ep_size} experts on each: "
         f"expert-parallel size {ep_size}"
         + (f", FP8 {c.fp8} on the wire" if c.fp8 else "")
+        + (f", FP8 {c.fp8_experts} in the experts" if c.fp8_experts else "")
         + (f", {config.num_micro_batches} micro-batches side by side" if config.micro_batch_overlap else ""),
         corpus.describe(),
         f"writing to {out}",

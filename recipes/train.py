@@ -297,6 +297,8 @@ def _check_resumable(config: TrainConfig, corpus: Corpus, saved: dict) -> list[s
         "expert_alignment",
         "fp8",
         "fp8_backward",
+        "fp8_experts",
+        "keep_fp8_weights",
         "max_recv_rows",
         "overlap_chunks",
         "overlap_num_sms",

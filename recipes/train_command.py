@@ -18,7 +18,7 @@ from moe_ep import launch
 from moe_ep.errors import MoeEpError
 
 from .checkpoint import latest_checkpoint, read_run
-from .config import TrainConfig, with_model, with_seq_len
+from .config import TrainConfig, with_fp8, with_seq_len
 from .data import load_corpus
 from .errors import RecipeError
 from .interrupt import ForwardedStop, catch_signals
@@ -93,7 +93,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     run.add_argument(
         "--fp8",
         action=argparse.BooleanOptionalAction,
-        help="send tokens to the experts as 8-bit floats with a scale per 128",
+        help="experts compute with 8-bit floats with a scale per 128; so travel tokens, and gradients to the experts",
     )
     run.add_argument(
         "--deterministic",
@@ -154,9 +154,9 @@ def settings_from(args: argparse.Namespace) -> tuple[TrainConfig, Path, bool]:
 
 
 def _override(config: TrainConfig, args: argparse.Namespace) -> TrainConfig:
-    config = with_model_settings(config, args.model_settings)
     if args.fp8 is not None:
-        config = with_model(config, fp8="blockwise" if args.fp8 else None)
+        config = with_fp8(config, args.fp8)
+    config = with_model_settings(config, args.model_settings)
     if args.seq_len is not None:
         config = with_seq_len(config, args.seq_len)
     changes = {name: getattr(args, name) for name in _SETTINGS if getattr(args, name) is not None}

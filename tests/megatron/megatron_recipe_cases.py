@@ -38,8 +38,14 @@ def run_all() -> dict[str, Any]:
         "printed": printed(),
         "sizes": {path.stem: describe(path.stem) for path in recipe.SIZES.glob("[!_]*.args")},
     }
-    for dispatcher, more in (("alltoall", []), ("moe_ep", []), ("moe_ep in FP8", ["--dispatch-fp8"])):
-        results[dispatcher] = train("--dispatcher", dispatcher.split()[0], *more)
+    runs = {
+        "alltoall": [],
+        "moe_ep": [],
+        "moe_ep in FP8": ["--dispatch-fp8"],
+        "moe_ep with FP8 experts": ["--experts-fp8"],
+    }
+    for name, more in runs.items():
+        results[name] = train("--dispatcher", name.split()[0], *more)
     return results
 
 

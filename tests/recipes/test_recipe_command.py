@@ -123,18 +123,17 @@ def test_torchrun_brings_the_ranks(tmp_path, text):
 
 def test_settings_reach_the_run_and_stay_for_a_resume(tmp_path, text, capsys):
     out = tmp_path / "run"
-    given = [*SMALL, "--nproc", "1", "--data", str(text), "--out", str(out), "--fp8", "--set", "layout=rank"]
+    given = [*SMALL, "--nproc", "1", "--data", str(text), "--out", str(out), "--fp8"]
+    given += ["--set", "fp8_backward=None", "--set", "moe_ffn_hidden=24"]
     given += ["--steps", "4", "--checkpoint-every", "4", "--seed", "3", "--accumulate", "2", "--beta2", "0.9"]
     assert cli.main(["train", *given]) == 0
     shown = capsys.readouterr().out
-    assert "byte-bigram" in shown and "nats per byte" in shown and "FP8 blockwise" in shown
+    assert "byte-bigram" in shown and "nats per byte" in shown and "FP8 blockwise in the experts" in shown
     config = read_run(latest_checkpoint(out / "checkpoints"))["config"]
     assert (config["seed"], config["accumulate"], config["beta2"], config["seq_len"]) == (3, 2, 0.9, 16)
-    assert (config["model"]["fp8"], config["model"]["layout"], config["model"]["hidden"]) == (
-        "blockwise",
-        "rank",
-        32,
-    )
+    model = config["model"]
+    assert (model["fp8"], model["fp8_experts"], model["expert_alignment"]) == ("blockwise", "blockwise", 16)
+    assert (model["fp8_backward"], model["moe_ffn_hidden"], model["hidden"]) == (None, 24, 32)
 
     assert cli.main(["train", "--resume", "--out", str(out), "--nproc", "1", "--steps", "6"]) == 0
     shown = capsys.readouterr().out
