@@ -1,0 +1,116 @@
+"""Loss curves of a preset without FP8 and with it: trained, compared, written down and drawn.
+
+``python tests/gpu/fp8_curves.py RESULTS.json`` draws what a test has written, on a machine that has matplotlib.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from moe_ep import machine
+from moe_ep.recipes.config import with_fp8
+from moe_ep.recipes.metrics import METRICS_FILE, read_metrics
+from moe_ep.recipes.presets import get_preset
+from moe_ep.recipes.train import train
+
+NAMES = {"bfloat16": False, "FP8": True}
+COLOURS = {"bfloat16": "#0b3c6f", "FP8": "#c8553d"}
+WINDOW = 10
+"""Steps whose mean loss is compared: of single steps, rounding alone moves some by a percent."""
+
+WARM = 20
+"""Steps that don't count for the speed."""
+
+
+def run(preset: str, steps: int, folder: str) -> dict[str, Any]:
+    """Train twice on the ranks of the default group; on each rank, what `write` takes."""
+    results: dict[str, Any] = {
+        "preset": preset,
+        "ranks": dist.get_world_size(),
+        "machine": machine.facts(
+            torch.device("cuda", torch.cuda.current_device()), "tests/gpu/test_fp8_training.py"
+        ),
+        "runs": {},
+    }
+    config = get_preset(preset)
+    config = dataclasses.replace(config, steps=steps, eval_every=0, eval_windows=16, checkpoint_every=0)
+    for name, fp8 in NAMES.items():
+        out = Path(folder, name)
+        result = train(with_fp8(config) if fp8 else config, out)
+        dist.barrier()
+        records = [record for record in read_metrics(out / METRICS_FILE) if record["kind"] == "train"]
+        speeds = [record["tokens_per_s"] for record in records[WARM:]]
+        results["runs"][name] = {
+            "loss": [record["loss"] for record in records],
+            "tokens_per_s": statistics.median(speeds),
+            "valid_loss": result.valid_loss,
+            "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
+        }
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    results["differences"] = differences(*(results["runs"][name]["loss"] for name in NAMES))
+    return results
+
+
+def differences(wanted: list[float], got: list[float]) -> list[float]:
+    """Of each window's mean loss, relative."""
+    starts = range(0, len(wanted), WINDOW)
+    sums = [[sum(losses[start : start + WINDOW]) for start in starts] for losses in (wanted, got)]
+    return [b / a - 1 for a, b in zip(*sums, strict=True)]
+
+
+def write(results: dict[str, Any], folder: Path) -> list[Path]:
+    """The JSON, and the picture where matplotlib is installed; the paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"fp8-training-{results['preset']}-{results['ranks']}gpu.json"
+    path.write_text(json.dumps(results, indent=1) + "\n")
+    try:
+        return [path, draw(path)]
+    except ImportError:
+        return [path]
+
+
+def draw(path: Path) -> Path:
+    """The picture of a JSON file, beside it. Raises ImportError without matplotlib."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    results = json.loads(path.read_text())
+    figure, (losses, ratios) = plt.subplots(
+        2, sharex=True, figsize=(8, 6), height_ratios=[3, 1], constrained_layout=True
+    )
+    for name, each in results["runs"].items():
+        label = f"{name}: {each['tokens_per_s']:,.0f} tokens/s, {each['peak_gib']:.1f} GiB"
+        steps = range(1, len(each["loss"]) + 1)
+        losses.plot(steps, each["loss"], color=COLOURS[name], linewidth=1.4, alpha=0.85, label=label)
+    losses.set_ylabel("training loss (nats per byte)")
+    losses.legend(frameon=False)
+    facts = results["machine"]
+    title = f"{results['preset']} on {results['ranks']} x {facts['device']}, {facts['date']}"
+    losses.set_title(title, loc="left")
+    middles = [(i + 0.5) * WINDOW for i in range(len(results["differences"]))]
+    ratios.bar(middles, [100 * each for each in results["differences"]], width=0.8 * WINDOW, color="#7fa8d1")
+    for limit in (-1, 1):
+        ratios.axhline(limit, color="#999999", linewidth=0.8, linestyle="--")
+    ratios.set_ylabel(f"FP8's, %\n(means of {WINDOW} steps)")
+    ratios.set_xlabel("step")
+    for axes in (losses, ratios):
+        axes.spines[["top", "right"]].set_visible(False)
+    target = path.with_suffix(".png")
+    figure.savefig(target, dpi=130)
+    plt.close(figure)
+    return target
+
+
+if __name__ == "__main__":
+    print(draw(Path(sys.argv[1])))

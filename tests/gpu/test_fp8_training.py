@@ -1,0 +1,42 @@
+"""A training run with FP8 experts beside the same in bfloat16, 200 steps each: loss curves within 1 %."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from processes import run_cuda
+
+from gpu import fp8_curves
+from gpu.machine import needs_gpu
+from moe_ep.layers import transformer_engine
+
+OUT = os.environ.get("FP8_TRAINING_OUT")
+"""A folder for the curves and speeds, as JSON and as a picture."""
+
+pytestmark = [
+    *needs_gpu,
+    pytest.mark.slow,
+    pytest.mark.timeout(600),
+    pytest.mark.skipif(
+        not torch.cuda.is_available() or not transformer_engine.can_run(torch.device("cuda")),
+        reason=f"needs a Hopper GPU and Transformer Engine: {transformer_engine.why_missing()}",
+    ),
+]
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_loss_curves_are_within_one_percent(world_size, tmp_path):
+    if torch.cuda.device_count() < world_size:
+        pytest.skip(f"needs {world_size} GPUs, there are {torch.cuda.device_count()}")
+    results = run_cuda(world_size, fp8_curves.run, "train-s", 200, str(tmp_path), timeout_s=580)[0]
+    for name, run in results["runs"].items():
+        ends = f"loss {run['loss'][0]:.3f} to {run['loss'][-1]:.3f}"
+        print(f"{name}: {run['tokens_per_s']:,.0f} tokens/s, {run['peak_gib']:.1f} GiB, {ends}")
+    print("FP8's difference, %:", " ".join(f"{100 * each:+.2f}" for each in results["differences"]))
+    if OUT:
+        print(*fp8_curves.write(results, Path(OUT)))
+    losses = {name: run["loss"] for name, run in results["runs"].items()}
+    assert losses["bfloat16"][-1] < 0.5 * losses["bfloat16"][0]
+    assert losses["FP8"] != losses["bfloat16"]
+    assert max(map(abs, results["differences"])) < 0.01
