@@ -50,6 +50,7 @@ def run_all() -> dict[str, Any]:
         "quantised in experts": count_quantised(),
         "state": run_state(),
         "kept": run_kept(),
+        "hooks": run_hooks(),
         "refused": run_refused(),
         "trained": {"stock": train(make_stock()), "FP8": train(make_fp8())},
         "gradients": run_schedules(),
@@ -124,6 +125,17 @@ def run_kept() -> list[torch.Tensor]:
     layer.experts.is_first_microbatch = True
     outputs.append(layer(x)[0].detach())
     return outputs
+
+
+def run_hooks() -> list[int]:
+    """Indices of the experts' modules in the order in which a hook before their forward was called."""
+    layer = wide_layer({}, FP8)
+    called = []
+    for linears in layer.experts.linears():
+        for index, linear in enumerate(linears):
+            linear.register_forward_pre_hook(lambda module, *_, index=index: called.append(index))
+    layer(wide_input())
+    return called
 
 
 def run_refused() -> dict[str, str]:

@@ -61,6 +61,12 @@ def test_kept_weights_are_those_of_the_step(results):
         assert unnoticed.equal(first) and not noticed.equal(first)
 
 
+def test_hooks_before_the_forward_of_linears_run(results):
+    """DDP waits in them for parameters that are being gathered."""
+    for by_name in results:
+        assert by_name["hooks"] == [0, 1, 2, 3] * 2
+
+
 def test_refusals_name_the_flag(results):
     messages = results[0]["refused"]
     for name in ("activation_func", "activation_func_clamp_value"):
