@@ -43,7 +43,7 @@ class ModelConfig:
     Multi-Token Prediction: ``mtp_layers`` extra modules whose mean loss is weighted by ``mtp_loss_weight``.
 
     ``fp8_experts`` (None or "blockwise"): the routed experts multiply in FP8, as in `GroupedExperts`;
-    ``keep_fp8_weights`` for them.
+    ``fp8_shared``: so does the shared expert; ``keep_fp8_weights`` for them.
 
     Moving tokens, as in ``moe_ep.dispatch``: ``layout``, ``expert_alignment``, ``fp8`` (None or "blockwise"),
     ``max_recv_rows`` (None: exact sizes); and as in ``moe_ep.combine``, ``fp8_backward`` (None or
@@ -93,6 +93,7 @@ class ModelConfig:
     fp8: Literal["blockwise"] | None = None
     fp8_backward: Literal["blockwise"] | None = None
     fp8_experts: Literal["blockwise"] | None = None
+    fp8_shared: Literal["blockwise"] | None = None
     keep_fp8_weights: bool = False
     max_recv_rows: int | None = None
     overlap_chunks: int = 0
@@ -213,7 +214,7 @@ class ModelConfig:
 
     def _check_dispatch(self) -> None:
         _require(self.layout in ("expert", "rank"), self, "layout", "'expert' or 'rank'")
-        for name in ("fp8", "fp8_backward", "fp8_experts"):
+        for name in ("fp8", "fp8_backward", "fp8_experts", "fp8_shared"):
             _require(getattr(self, name) in (None, "blockwise"), self, name, "None or 'blockwise'")
         if self.fp8_experts is not None:
             _require(

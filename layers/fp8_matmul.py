@@ -78,7 +78,10 @@ def _runs_on_transformer_engine(
             f"Transformer Engine's FP8 products need widths that are multiples of {BLOCK}, not {features}"
         )
     elif any(size % transformer_engine.ROW_ALIGNMENT for size in groups.splits):
-        reason = "the experts' rows are no multiples of 16: dispatch with expert_alignment=16"
+        reason = (
+            "the experts' rows are no multiples of 16: dispatch with expert_alignment=16, and give a shared expert a "
+            "multiple of 16 tokens"
+        )
     if reason is not None and reason not in _said:
         _said.add(reason)
         _log.warning("FP8 experts multiply dequantised numbers: %s", reason)

@@ -53,7 +53,13 @@ class MoELayer(nn.Module):
             **factory,
         )
         self.shared = (
-            SharedExperts(config.hidden, config.shared_ffn_hidden, **factory)
+            SharedExperts(
+                config.hidden,
+                config.shared_ffn_hidden,
+                fp8=config.fp8_shared,
+                keep_fp8_weights=config.keep_fp8_weights,
+                **factory,
+            )
             if config.shared_ffn_hidden
             else None
         )

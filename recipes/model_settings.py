@@ -13,7 +13,7 @@ from moe_ep.layers import ModelConfig
 from .config import TrainConfig, with_model
 from .errors import RecipeError
 
-_MODES = ("fp8", "fp8_backward", "fp8_experts")  # None or a word
+_MODES = ("fp8", "fp8_backward", "fp8_experts", "fp8_shared")  # None or a word
 _WORDS = {"None": "null", "True": "true", "False": "false"}
 
 

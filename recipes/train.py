@@ -298,6 +298,7 @@ def _check_resumable(config: TrainConfig, corpus: Corpus, saved: dict) -> list[s
         "fp8",
         "fp8_backward",
         "fp8_experts",
+        "fp8_shared",
         "keep_fp8_weights",
         "max_recv_rows",
         "overlap_chunks",

@@ -31,7 +31,9 @@ def why_missing(device: torch.device) -> str | None:
 
 
 def megatron_variants(sizes: Sizes, device: torch.device, world_size: int) -> list[Variant]:
-    """Stock all-to-all and moe_ep's dispatcher, each in bfloat16 and with Megatron's FP8 experts. Collective."""
+    """Stock all-to-all and moe_ep's dispatcher, each in bfloat16 and with Megatron's FP8 experts, and moe_ep's FP8
+    experts in Megatron's layer. Collective.
+    """
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
@@ -53,6 +55,7 @@ def megatron_variants(sizes: Sizes, device: torch.device, world_size: int) -> li
         "Megatron, all-to-all, FP8": (None, _FP8),
         "Megatron, moe_ep, bfloat16": ({}, {}),
         "Megatron, moe_ep, FP8": (fp8_wire, _FP8),
+        "Megatron, moe_ep, its FP8 experts": ({**fp8_wire, "fp8_experts": "blockwise"}, _FP8),
     }
     return [Variant(name, lambda case=case: make(*case)) for name, case in cases.items()]
 

@@ -24,6 +24,7 @@ def own_variants(
         "moe_ep, bfloat16": {},
         "moe_ep, FP8": _FP8,
         "moe_ep, FP8, weights kept in FP8": {**_FP8, "keep_fp8_weights": True},
+        "moe_ep, FP8, shared expert too": {**_FP8, "fp8_shared": "blockwise"},
     }
 
     def make(changes: dict[str, Any]) -> Layer:

@@ -8,7 +8,15 @@ import torch
 import moe_ep
 from moe_ep import Fp8Tokens, fp8
 from moe_ep.errors import InvalidInput
-from moe_ep.layers import GroupedExperts, ModelConfig, MoELayer, WeightGradStore, fp8_quantize, swiglu
+from moe_ep.layers import (
+    GroupedExperts,
+    ModelConfig,
+    MoELayer,
+    SharedExperts,
+    WeightGradStore,
+    fp8_quantize,
+    swiglu,
+)
 from moe_ep.layers.fp8_experts import Fp8Weights, QuantizedWeight, fp8_experts
 from moe_ep.layers.row_groups import RowGroups
 from moe_ep.testing import run_ranks
@@ -283,6 +291,33 @@ def test_the_gradient_stays_fp8_between_combine_and_experts(monkeypatch):
     seen.clear()
     run_layer(2, fp8="blockwise", fp8_experts="blockwise")
     assert sorted(seen) == [False, False, True, True]
+
+
+@pytest.mark.parametrize("overlap_chunks", [0, 2])
+def test_layer_with_a_shared_expert_in_fp8(overlap_chunks):
+    wanted = run_layer(2, overlap_chunks=overlap_chunks, **FP8)
+    ours = run_layer(2, overlap_chunks=overlap_chunks, **FP8, fp8_shared="blockwise")
+    assert not torch.equal(ours[0], wanted[0])
+    assert all(relative(*map(torch.Tensor.float, pair)) < 0.09 for pair in zip(ours, wanted, strict=True))
+
+
+@pytest.mark.parametrize("shape", [(3, 16), (48,)])
+def test_shared_expert_is_one_expert_of_all_tokens(shape):
+    torch.manual_seed(0)
+    shared = SharedExperts(HIDDEN, FFN, fp8="blockwise")
+    experts = make_experts()
+    x = random(*shape, HIDDEN).requires_grad_()
+    grad = random(*shape, HIDDEN, seed=2)
+    y = shared(x)
+    inputs = [x, shared.gate_up.weight, shared.down.weight]
+    got = torch.autograd.grad(y, inputs, grad)
+    with torch.no_grad():
+        experts.w_gate_up[0], experts.w_down[0] = inputs[1:]
+    rows = x.detach().flatten(0, -2).requires_grad_()
+    z = experts(rows, None, torch.tensor([48, 0, 0, 0]), [48, 0, 0, 0])
+    wanted = torch.autograd.grad(z, [rows, experts.w_gate_up, experts.w_down], grad.flatten(0, -2))
+    assert torch.equal(y.flatten(0, -2), z) and torch.equal(got[0].flatten(0, -2), wanted[0])
+    assert torch.equal(got[1], wanted[1][0]) and torch.equal(got[2], wanted[2][0])
 
 
 def test_a_dispatch_gives_fp8_experts_what_travelled():
