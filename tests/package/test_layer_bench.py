@@ -19,6 +19,7 @@ def test_on_two_cpu_ranks(tmp_path, capfd):
         "moe_ep, bfloat16",
         "moe_ep, FP8",
         "moe_ep, FP8, weights kept in FP8",
+        "moe_ep, FP8, shared expert too",
     ]
     assert results.ranks == 2 and results.left_out
     for row in results.rows:
