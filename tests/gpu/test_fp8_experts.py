@@ -7,7 +7,7 @@ import torch
 
 from gpu.machine import needs_gpu
 from moe_ep import Fp8Tokens, fp8
-from moe_ep.layers import GroupedExperts, fp8_matmul, fp8_quantize, swiglu, transformer_engine
+from moe_ep.layers import GroupedExperts, SharedExperts, fp8_matmul, fp8_quantize, swiglu, transformer_engine
 from moe_ep.layers.grouped_matmul import matmul_by_expert
 from moe_ep.layers.row_groups import RowGroups
 
@@ -80,6 +80,32 @@ def test_weights_equal_the_formulas(shape, dtype):
             data = wanted.data.view(torch.uint8).transpose(1, 2)
             assert torch.equal(turned.data.view(torch.uint8), data)
             assert torch.equal(turned.scale_inv[:, :, : shape[1] // 128], wanted.scale_inv.transpose(1, 2))
+        apart = fp8_quantize.quantize_weight(*weight, rows=rows, transposed=transposed)  # a tensor for each
+        for one, stacked in zip(apart, (plain, turned), strict=True):
+            if one is not None:
+                assert torch.equal(one.data.view(torch.uint8), stacked.data.view(torch.uint8))
+                assert torch.equal(one.dequantize(torch.float32), stacked.dequantize(torch.float32))
+
+
+@needs_transformer_engine
+def test_shared_expert_is_close_to_bfloat16():
+    torch.manual_seed(0)
+    num_tokens, hidden, ffn_hidden = 4096, LAYER["hidden"], LAYER["ffn_hidden"]
+    flops = 18 * num_tokens * hidden * ffn_hidden
+    x = torch.randn(num_tokens, hidden, device="cuda", dtype=torch.bfloat16).requires_grad_()
+    grad = torch.randn_like(x)
+    results = []
+    for mode in (None, "blockwise"):
+        shared = SharedExperts(hidden, ffn_hidden, fp8=mode, device="cuda", dtype=torch.bfloat16)
+        with torch.no_grad():
+            for seed, weight in enumerate(shared.parameters()):
+                weight.normal_(std=0.02, generator=torch.Generator("cuda").manual_seed(seed))
+        y = shared(x)
+        results.append([y, *torch.autograd.grad(y, [x, *shared.parameters()], grad)])
+        ms = milliseconds(lambda shared=shared: shared(x).backward(grad))
+        report(f"shared expert, fp8={mode}: both", ms, flops=flops)
+    for exact, ours in zip(*results, strict=True):
+        assert (ours.float() - exact.float()).norm() < 0.09 * exact.float().norm()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
