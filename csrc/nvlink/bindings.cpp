@@ -77,7 +77,8 @@ std::vector<int> bad_ranks(const Communicator& self) {
   return ranks;
 }
 
-// What the plan has reported: the rows of the exact result, and at `splits` those of each local expert, padded.
+// What the plan has reported: the rows of the exact result, and at `splits` those of each local expert,
+// padded.
 int64_t read_plan(const Communicator& self, int64_t alignment, Address splits) {
   const HostRecord* host = self.group().host;
   int64_t* const rows = pointer<int64_t>(splits);
@@ -134,8 +135,8 @@ void bind(py::module_& module) {
           "plan",
           [](const Communicator& self, Address topk_idx, bool is_int64, int num_tokens, bool expert_layout,
              int alignment, int64_t max_rows, bool fixed_rows, Address tables, Address tokens_per_expert,
-             Address padded_tokens_per_expert, Address rows_needed, Address ids, int64_t ticket,
-             int num_blocks, Address stream) {
+             Address padded_tokens_per_expert, Address rows_needed, Address ids, int64_t ticket, int num_sms,
+             Address stream) {
             const Plan plan{pointer<void>(topk_idx),
                             is_int64,
                             num_tokens,
@@ -149,14 +150,14 @@ void bind(py::module_& module) {
                             pointer<int64_t>(rows_needed),
                             pointer<int64_t>(ids),
                             ticket,
-                            num_blocks,
+                            num_sms,
                             pointer<CUstream_st>(stream)};
             self.launch([&](const Group& group) { return launch_plan(group, plan); });
           },
           py::arg("topk_idx"), py::arg("is_int64"), py::arg("num_tokens"), py::arg("expert_layout"),
           py::arg("alignment"), py::arg("max_rows"), py::arg("fixed_rows"), py::arg("tables"),
           py::arg("tokens_per_expert"), py::arg("padded_tokens_per_expert"), py::arg("rows_needed"),
-          py::arg("ids"), py::arg("ticket"), py::arg("num_blocks"), py::arg("stream"))
+          py::arg("ids"), py::arg("ticket"), py::arg("num_sms"), py::arg("stream"))
       .def(
           "dispatch",
           [](const Communicator& self, Address rows, int64_t row_bytes, Address scales, int scale_words,

@@ -20,7 +20,7 @@ struct Plan {
   int64_t* rows_needed;               // out [1]
   int64_t* ids;                       // out, rank layout: [max_rows, K] local expert ids, -1 for none
   int64_t ticket;                     // not 0: report to the host
-  int num_blocks;
+  int num_sms;
   cudaStream_t stream;
 };
 

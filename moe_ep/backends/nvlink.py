@@ -188,7 +188,7 @@ class NvlinkBackend(Backend):
             rows_needed=first_count + 2 * count_bytes,
             ids=0 if ids is None else ids.data_ptr(),
             ticket=self._tickets if exact else 0,
-            num_blocks=self.num_sms("dispatch", spec.layout, 2, num_tokens, num_sms)[0],
+            num_sms=self.num_sms("dispatch", spec.layout, 2, num_tokens, num_sms)[0],
             stream=self.stream(),
         )
         # Before the wait, since dispatch is waited for from the plan's end on.

@@ -15,7 +15,7 @@ from .layer_variants import router_weight
 
 _DISPATCH = ("dispatch_preprocess", "token_dispatch", "dispatch_postprocess")
 _COMBINE = ("combine_preprocess", "token_combine", "combine_postprocess")
-_FP8 = {"fp8": "e4m3", "fp8_recipe": "blockwise", "moe_router_padding_for_quantization": True}
+_FP8 = {"fp8": "e4m3", "fp8_recipe": "blockwise"}
 
 
 def why_missing(device: torch.device) -> str | None:
