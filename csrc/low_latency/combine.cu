@@ -234,6 +234,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
 }  // namespace
 
 Status launch_combine(const Group& group, const Combine& combine) {
+  const Status status = divide_memory(reinterpret_cast<const void*>(&combine_kernel));
+  if (!status.is_ok()) return status;
   combine_kernel<<<group.num_blocks, kThreads, 0, combine.stream>>>(group, combine);
   return Status::from_cuda(cudaGetLastError(), "launching the low-latency combine kernel");
 }

@@ -401,6 +401,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
 
 Status launch_dispatch(const Group& group, const Dispatch& dispatch) {
   const auto kernel = dispatch.format == Format::bfloat16 ? &dispatch_kernel<false> : &dispatch_kernel<true>;
+  const Status status = divide_memory(reinterpret_cast<const void*>(kernel));
+  if (!status.is_ok()) return status;
   kernel<<<group.num_blocks, kThreads, 0, dispatch.stream>>>(group, dispatch);
   return Status::from_cuda(cudaGetLastError(), "launching the low-latency dispatch kernel");
 }

@@ -104,6 +104,16 @@ struct Tables {
   }
 };
 
+// All kernels ask for the same division of a multiprocessor's memory into cache and shared memory. It can be
+// changed on an idle one only, so that a kernel which needs more would wait for one that waits for it: that
+// of another rank on this GPU.
+inline Status divide_memory(const void* kernel) {
+  constexpr int kSharedPercent = 28;  // 64 KiB: two blocks of any of these kernels, and others' beside them
+  return Status::from_cuda(
+      cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, kSharedPercent),
+      "asking for shared memory");
+}
+
 inline WindowLayout window_layout(int size, int max_tokens, int num_local, int hidden) {
   WindowLayout at{};
   const auto reserve = [&at, size](int64_t bytes) {

@@ -7,20 +7,13 @@
 #include "fp8/formulas.cuh"
 
 // FP8 with deep_ep's scales, bit for bit as moe_ep/compat/deep_ep/fp8.py states them in torch: of 128
-// channels, amax / 448 with an amax of at least 1e-4, or the next power of two.
+// channels, amax / 448 with an amax of at least 1e-4, or the next power of two. NaNs count for no amax.
 namespace moe_ep::low_latency {
 
 constexpr int kScaleBlock = 128;
 
-// NaN if one of them is.
-__device__ __forceinline__ float larger(float a, float b) {
-  float larger;
-  asm("max.NaN.f32 %0, %1, %2;" : "=f"(larger) : "f"(a), "f"(b));
-  return larger;
-}
-
 __device__ __forceinline__ fp8::Scale scale_of(float amax, bool rounded) {
-  amax = larger(amax, 1e-4f);
+  amax = fmaxf(amax, 1e-4f);
   const float scale = __fmul_rn(amax, static_cast<float>(1.0 / 448.0));
   if (!rounded) return {__fdiv_rn(448.0f, amax), scale};
   const unsigned int exponent = (__float_as_uint(scale) + 0x7FFFFFu) >> 23;
@@ -36,11 +29,11 @@ __device__ __forceinline__ Vector<uint8_t, 16> quantize(const uint4 (&channels)[
   memcpy(pairs, channels, sizeof(pairs));
   __nv_bfloat162 most = __habs2(pairs[0]);
 #pragma unroll
-  for (int i = 1; i < 8; ++i) most = __hmax2_nan(most, __habs2(pairs[i]));
-  float amax = larger(__low2float(most), __high2float(most));
+  for (int i = 1; i < 8; ++i) most = __hmax2(most, __habs2(pairs[i]));
+  float amax = fmaxf(__low2float(most), __high2float(most));
 #pragma unroll
   for (int distance = kLanes / 2; distance > 0; distance /= 2) {
-    amax = larger(amax, __shfl_xor_sync(0xFFFFFFFFu, amax, distance));
+    amax = fmaxf(amax, __shfl_xor_sync(0xFFFFFFFFu, amax, distance));
   }
   float values[16];
 #pragma unroll

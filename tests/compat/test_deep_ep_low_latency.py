@@ -12,6 +12,7 @@ from test_deep_ep_v1 import on_virtual_ranks
 
 import moe_ep
 from moe_ep.compat import deep_ep
+from moe_ep.compat.deep_ep.fp8 import quantize
 from moe_ep.errors import InvalidInput
 
 _UNEQUAL = {2: (6, 3), 4: (5, 0, 7, 2), 8: (3, 0, 2, 5, 1, 0, 4, 2)}
@@ -72,6 +73,22 @@ def test_widths_of_whole_16_bytes(hidden):
         return run_low_latency(case, deep_ep.Buffer(group, low_latency_mode=True))
 
     assert_low_latency(case, dict(enumerate(on_virtual_ranks(2, fn))), Way())
+
+
+def test_fp8_of_infinities_and_nans():
+    """An infinity makes a NaN of itself and zeros of its block; a NaN stays one and leaves its block as it is."""
+    x = torch.ones(2, 256, dtype=torch.bfloat16)
+    x[0, 3], x[1, 5], x[1, 6] = -torch.inf, torch.nan, -torch.nan
+    for rounded in (False, True):
+        data, scales = quantize(x, rounded)
+        plain, plain_scale = quantize(torch.ones(1, 128), rounded)
+        data = data.view(torch.uint8).view(2, 2, 128)
+        wanted = plain.view(torch.uint8).expand(2, 2, 128).clone()
+        wanted[0, 0] = 0
+        wanted[0, 0, 3] = wanted[1, 0, 5] = wanted[1, 0, 6] = 0x7F
+        assert torch.equal(data, wanted)
+        assert scales[0, 0] == torch.inf
+        assert scales.flatten()[1:].eq(plain_scale).all()
 
 
 def test_two_dispatches_in_flight_and_two_combine_buffers():

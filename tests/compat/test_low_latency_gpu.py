@@ -1,13 +1,13 @@
 """Low-latency calls by their kernels, bit for bit against their semantics written out (low_latency_exercise)."""
 
-import os
 import threading
+import time
 from dataclasses import replace
 
 import pytest
 import torch
 from cases import Case
-from exercise import settle
+from exercise import assert_results, settle
 from gpu.machine import group_of, groups_of_processes, needs_gpu
 from gpu.test_graphs import Graph
 from low_latency_exercise import (
@@ -35,10 +35,6 @@ from moe_ep.compat import deep_ep
 from moe_ep.compat.deep_ep.low_latency_kernels import KernelCalls
 from moe_ep.errors import InvalidInput
 from moe_ep.testing import run_ranks
-
-# As in tests/gpu: kernels of virtual ranks wait for each other.
-os.environ.setdefault("CUDA_MODULE_LOADING", "EAGER")
-os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
 
 pytestmark = needs_gpu
 
@@ -88,27 +84,33 @@ def test_widths_of_whole_16_bytes(hidden):
 
 
 def test_fp8_is_that_of_the_operators():
-    """Blocks of zeros, tiny and huge numbers, and a last block that is not whole."""
-    x = torch.randn(6, 400) * torch.logspace(-38, 38, 6).unsqueeze(1)
+    """Blocks of zeros, tiny and huge numbers, infinities and NaNs of both signs; a last block that is not whole."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(8, 400, generator=generator).clamp(-3, 3)
+    x[:6] *= torch.logspace(-38, 38, 6).unsqueeze(1)
     x[:, 128:256] = 0
     x = x.bfloat16()
-    ids = torch.arange(6).unsqueeze(1)
+    x[6, 5], x[6, 300] = torch.inf, -torch.inf
+    x[7, 7], x[7, 310], x[7, 395] = torch.nan, -torch.nan, torch.inf
+    ids = torch.arange(8).unsqueeze(1)
 
     def fn(group, device):
         buffer = deep_ep.Buffer(group, low_latency_mode=True)
-        results = []
+        results = {}
         for rounded in (False, True):
             (data, scales), *_ = buffer.low_latency_dispatch(
-                x.to(device), ids.to(device), 6, 6, round_scale=rounded
+                x.to(device), ids.to(device), 8, 8, round_scale=rounded
             )
             settle(device)
-            results += [part.cpu() for part in (data.view(torch.uint8)[:, :1], scales[:, :1])]
+            how = "rounded" if rounded else "exact"
+            results[f"{how} data"] = data.view(torch.uint8)[:, 0].cpu()
+            results[f"{how} scales"] = scales[:, 0].cpu()
         return results
 
     by_kernels = on_virtual_ranks(1, lambda group: fn(group, "cuda"))[0]
     shape = {"hidden": 16, "max_tokens_per_rank": 1, "num_experts": 1, "num_topk": 1}
     by_operators = run_ranks(1, lambda comm: fn(comm._impl.group, "cpu"), **shape)[0]
-    assert all(torch.equal(*pair) for pair in zip(by_kernels, by_operators, strict=True))
+    assert_results(by_kernels, by_operators, "the kernels' FP8, by [token, column],")
 
 
 def run_cases(cases: list[Case]) -> list:
@@ -233,6 +235,37 @@ def test_two_dispatches_in_flight_and_no_third():
             settle("cuda")
             for mine, (y, _, _) in zip(inputs, sums, strict=True):
                 assert torch.allclose(y.float(), mine.x.float() * mine.topk_idx.shape[1], rtol=0.02)
+        return True
+
+    assert on_virtual_ranks(2, fn) == [True, True]
+
+
+def test_a_hook_may_come_while_others_combine():
+    """A rank's waiting kernels leave room on every multiprocessor for those that they wait for."""
+    case = next(each for each in kernel_cases(2) if each.name == "many")
+
+    def fn(group):
+        buffer = deep_ep.Buffer(group, low_latency_mode=True, timeout_s=20)
+        mine = case.inputs(buffer.rank, "cuda")
+        weights = torch.ones_like(mine.topk_weights)
+        sums = []
+        settle("cuda")
+        for late in (0, 1):
+            rows, _, handle, _, hook = buffer.low_latency_dispatch(
+                mine.x, mine.topk_idx, 150, case.num_experts, use_fp8=False, return_recv_hook=True
+            )
+            if buffer.rank == late:
+                time.sleep(0.5)
+            hook()
+            y, _, hook = buffer.low_latency_combine(
+                rows, mine.topk_idx, weights, handle, return_recv_hook=True
+            )
+            hook()
+            sums.append(y)
+        settle("cuda")
+        buffer._low_latency._calls_on(mine.x.device)._check_health()
+        for y in sums:
+            assert torch.allclose(y.float(), mine.x.float() * mine.topk_idx.shape[1], rtol=0.02)
         return True
 
     assert on_virtual_ranks(2, fn) == [True, True]

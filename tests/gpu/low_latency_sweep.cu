@@ -4,9 +4,9 @@
 //   nvcc -O3 -std=c++20 -gencode=arch=compute_90a,code=sm_90a -Icsrc -cudart static -o low_latency_sweep
 //     tests/gpu/low_latency_sweep.cu csrc/low_latency/*.cu && ./low_latency_sweep 1 128
 //
-// Microseconds of the slower GPU. "warm": of a call among many, one behind the other; "cold": with caches
-// flushed and both GPUs waiting for each other before each kernel, by events, whose own cost an empty kernel
-// shows.
+// Microseconds of the slower GPU. "in a row": of a call among many, one behind the other; "parts": with
+// hooks. "warm" and "cold": both GPUs wait for each other before each kernel, which events time, and cold
+// caches are flushed as well; the events' own cost an empty kernel shows.
 #include <cuda_bf16.h>
 #include <cuda_fp8.h>
 #include <cuda_runtime.h>
@@ -126,25 +126,30 @@ class Sweep {
       do_nothing<<<rank.group.num_blocks, kThreads, 0, rank.stream>>>(rank.group);
     };
     run_once({fp8, back});
-    std::printf("T %3d | warm:", tokens_);
-    const float empty = warm({nothing}), dispatched = warm({fp8}), wide = warm({bfloat16});
+    const Launch send = dispatch(Format::fp8, true, false), receive = dispatch(Format::fp8, false, true);
+    const Launch send_back = combine(true, false), receive_back = combine(false, true);
+    std::printf("T %3d | in a row:", tokens_);
+    const float empty = in_a_row({nothing}), dispatched = in_a_row({fp8}), wide = in_a_row({bfloat16});
     std::printf(" empty %.1f, dispatch fp8 %.1f, bf16 %.1f,", empty, dispatched, wide);
-    const float combined = warm({back}), both = warm({fp8, back});
-    std::printf(" combine %.1f, both %.1f\n      | cold:", combined, both);
-    const std::vector<float> whole = cold({nothing, fp8, back});
-    std::printf(" empty %.1f, dispatch fp8 %.1f, combine %.1f;", whole[0], whole[1], whole[2]);
-    const std::vector<float> parts =
-        cold({dispatch(Format::fp8, true, false), dispatch(Format::fp8, false, true), combine(true, false),
-              combine(false, true)});
-    std::printf(" with hooks: dispatch %.1f + %.1f, combine %.1f + %.1f\n", parts[0], parts[1], parts[2],
-                parts[3]);
+    const float combined = in_a_row({back}), both = in_a_row({fp8, back});
+    std::printf(" combine %.1f, both %.1f; parts:", combined, both);
+    // Parts of a combine wait for nothing but what other ranks' like parts send.
+    const float parts = in_a_row({send, receive}), parts_back = in_a_row({send_back, receive_back});
+    const float alone = in_a_row({send_back});
+    std::printf(" dispatch %.1f, combine %.1f (sending %.1f)\n", parts, parts_back, alone);
+    for (const bool flush : {false, true}) {
+      const std::vector<float> us =
+          one_by_one({nothing, fp8, back, send, receive, send_back, receive_back}, flush);
+      std::printf("      | %s: empty %.1f, dispatch %.1f, combine %.1f; parts: dispatch %.1f + %.1f,",
+                  flush ? "cold" : "warm", us[0], us[1], us[2], us[3], us[4]);
+      std::printf(" combine %.1f + %.1f\n", us[5], us[6]);
+    }
     int wrong = 0;
     for (const Format format : {Format::bfloat16, Format::fp8, Format::fp8_rounded, Format::fp8_exponents}) {
       run_once({dispatch(format), back});
       for (Rank& rank : ranks_) wrong += count_wrong(rank, format);
     }
-    run_once({dispatch(Format::fp8, true, false), dispatch(Format::fp8, false, true), combine(true, false),
-              combine(false, true)});
+    run_once({send, receive, send_back, receive_back});
     for (Rank& rank : ranks_) wrong += count_wrong(rank, Format::fp8);
     std::printf("      | results: %s (%d wrong)\n", wrong ? "WRONG" : "right", wrong);
     std::fflush(stdout);
@@ -268,7 +273,7 @@ class Sweep {
     });
   }
 
-  float warm(const std::vector<Launch>& calls) {
+  float in_a_row(const std::vector<Launch>& calls) {
     std::vector<cudaEvent_t> begin = events(1), end = events(1);
     in_graphs(3, [&](Rank& rank) {
       meet_all(rank);
@@ -284,12 +289,12 @@ class Sweep {
   }
 
   // The median of each.
-  std::vector<float> cold(const std::vector<Launch>& calls) {
+  std::vector<float> one_by_one(const std::vector<Launch>& calls, bool flush) {
     const int count = kRounds * static_cast<int>(calls.size());
     std::vector<cudaEvent_t> begin = events(count), end = events(count);
     in_graphs(2, [&](Rank& rank) {
       for (int i = 0; i < count; ++i) {
-        check(cudaMemsetAsync(rank.cache, i, kCacheBytes, rank.stream));
+        if (flush) check(cudaMemsetAsync(rank.cache, i, kCacheBytes, rank.stream));
         meet_all(rank);
         record(begin[rank.group.rank * count + i], rank);
         calls[i % calls.size()](rank);
