@@ -1,7 +1,5 @@
 """V2 and HybridEPBuffer with virtual ranks on a GPU, bit for bit, and V2 in a CUDA graph."""
 
-import os
-
 import elastic_cases
 import hybrid_cases
 import pytest
@@ -13,10 +11,6 @@ from test_hybrid import assert_results as assert_hybrid
 
 from moe_ep.compat.deep_ep.elastic import ElasticBuffer
 from moe_ep.testing import run_ranks
-
-# As in tests/gpu: kernels of virtual ranks wait for each other.
-os.environ.setdefault("CUDA_MODULE_LOADING", "EAGER")
-os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
 
 pytestmark = [
     pytest.mark.gpu,

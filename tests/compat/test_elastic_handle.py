@@ -4,7 +4,7 @@ import pytest
 import torch
 from cases import Case
 from elastic_cases import Mode, add, places
-from exercise import assert_same_bits
+from exercise import assert_same_bits, settle
 from processes import run_gloo
 
 from moe_ep.backends.virtual import VirtualGroup
@@ -301,25 +301,31 @@ def test_what_there_is_not():
             getattr(buffer, name)(1, 2)
 
 
-def gather_in_sessions():
-    """On one rank of two: gathers of all kinds, and what goes wrong."""
-    group = torch.distributed.group.WORLD
-    rank = torch.distributed.get_rank()
-    shapes = [(3, 5), (7,), (2, 2), (0, 4)]
+GATHERED_SHAPES = [(3, 5), (7,), (2, 2), (0, 4)]
+
+
+def gather_in_sessions(group, device: str = "cpu") -> list:
+    """On one rank: gathers of all kinds, and what goes wrong."""
+    shapes = GATHERED_SHAPES
     num_bytes = ElasticBuffer.get_agrs_num_max_session_bytes(group, shapes, torch.bfloat16)
-    assert num_bytes == 64 + 32 + 32 + 0
-    buffer = ElasticBuffer(group, ElasticBuffer.get_agrs_buffer_size_hint(group, num_bytes))
+    buffer = ElasticBuffer(
+        group, ElasticBuffer.get_agrs_buffer_size_hint(group, num_bytes), explicitly_destroy=True
+    )
+    rank = buffer.rank_idx
     with pytest.raises(InvalidInput, match="agrs_set_config"):
         buffer.create_agrs_session()
     buffer.agrs_set_config(num_bytes, len(shapes))
-    tensors = [torch.full(shape, 10.0 * rank + i, dtype=torch.bfloat16) for i, shape in enumerate(shapes)]
+    tensors = [
+        torch.full(shape, 10.0 * rank + i, dtype=torch.bfloat16, device=device)
+        for i, shape in enumerate(shapes)
+    ]
     results = []
     with buffer.agrs_new_session(enabled=True):
         *gathered, wait = buffer.all_gather(tensors)
         wait()
         results.append([each.clone() for each in gathered])
         with pytest.raises(InvalidInput, match="agrs_set_config"):
-            buffer.all_gather(torch.zeros(64))
+            buffer.all_gather(torch.zeros(64, device=device))
     with buffer.agrs_new_session():
         mine = [buffer.agrs_get_inplace_tensor(shapes[0], torch.bfloat16)]
         mine += buffer.agrs_get_inplace_tensor(shapes[1:], torch.bfloat16)
@@ -337,16 +343,30 @@ def gather_in_sessions():
     with buffer.agrs_new_session(enabled=False):
         pass
     buffer.barrier(with_cpu_sync=True)
+    settle(device)
+    results = [[each.cpu() for each in gathered] for gathered in results]
+    buffer.destroy()
     return results
 
 
-def test_all_gather_sessions():
-    shapes = [(3, 5), (7,), (2, 2), (0, 4)]
-    for results in run_gloo(2, gather_in_sessions):
+def assert_gathered(by_rank: list) -> None:
+    for results in by_rank:
         for gathered in results:
-            for i, (everyone, shape) in enumerate(zip(gathered, shapes, strict=True)):
-                ranks = [torch.full(shape, 10.0 * rank + i, dtype=torch.bfloat16) for rank in range(2)]
-                assert torch.equal(everyone, torch.stack(ranks))
+            for i, (everyone, shape) in enumerate(zip(gathered, GATHERED_SHAPES, strict=True)):
+                of_rank = [
+                    torch.full(shape, 10.0 * rank + i, dtype=torch.bfloat16) for rank in range(len(by_rank))
+                ]
+                assert_same_bits(everyone, torch.stack(of_rank), f"gathered tensor {i}")
+
+
+def gather_on_process() -> list:
+    return gather_in_sessions(torch.distributed.group.WORLD)
+
+
+def test_all_gather_sessions():
+    num_bytes = ElasticBuffer.get_agrs_num_max_session_bytes(None, GATHERED_SHAPES, torch.bfloat16)
+    assert num_bytes == 32 + 32 + 32 + 0
+    assert_gathered(run_gloo(2, gather_on_process))
 
 
 def test_gaps_are_zeros():

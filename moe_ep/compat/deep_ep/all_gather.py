@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from ...errors import InvalidInput
+from .copy_engines import CopyEngines
 from .elastic_sizes import ALIGNMENT, align
 from .transport import Communicators
 
@@ -34,7 +35,8 @@ def buffer_bytes(num_bytes: int) -> int:
 class AllGatherSessions:
     """One buffer, taken from front to back by the all-gathers of a session; the next session begins anew.
 
-    Gathers run as the group's own collective, with NCCL on its stream.
+    Gathers run by copy engines where the ranks' GPUs reach each other's memory; else as the group's own collective,
+    with NCCL on its stream.
     """
 
     def __init__(self, ranks: Communicators) -> None:
@@ -42,6 +44,8 @@ class AllGatherSessions:
         self._num_bytes = 0
         self._most_tensors = MOST_TENSORS
         self._buffer: torch.Tensor | None = None
+        self._engines: CopyEngines | None = None
+        self._num_engines = 0
         self._used: int | None = None  # bytes of the open session
         self._in_place: dict[int, torch.Tensor] = {}  # address of this rank's part -> all ranks' parts
         self._num_tensors = 0
@@ -55,8 +59,8 @@ class AllGatherSessions:
         if num_bytes < 0:
             raise InvalidInput(f"num_bytes is {num_bytes}; it must be at least 0")
         self._ranks.barrier()
-        if self._buffer is not None and num_bytes > len(self._buffer):
-            self._buffer = None
+        if num_bytes > self._num_bytes:
+            self._make_room(num_bytes)
         self._num_bytes, self._most_tensors = num_bytes, num_tensors
 
     def open(self) -> None:
@@ -64,16 +68,28 @@ class AllGatherSessions:
             raise InvalidInput("a session is open already; call destroy_agrs_session() first")
         if self._num_bytes == 0:
             raise InvalidInput("no session size is set; call agrs_set_config(num_bytes, num_tensors) first")
-        if self._ranks.group is None or not isinstance(self._ranks.group, dist.ProcessGroup):
-            raise NotImplementedError("all-gather sessions need a torch.distributed group")
+        if self._engines is not None:
+            self._engines.begin()
+        elif not isinstance(self._ranks.group, dist.ProcessGroup):
+            raise NotImplementedError("all-gather sessions need a torch.distributed group, or GPUs")
         self._used = 0
         self._num_tensors = 0
         self._in_place.clear()
 
     def close(self) -> None:
         self._open_bytes()
+        if self._engines is not None:
+            self._engines.end()
         self._used = None
         self._in_place.clear()
+
+    def destroy(self) -> None:
+        """Free the memory. The sessions are at an end."""
+        if self._engines is not None:
+            self._engines.synchronize()
+        self._engines = self._buffer = self._used = None
+        self._in_place.clear()
+        self._num_bytes = 0
 
     @contextmanager
     def session(self, enabled: bool = True) -> Iterator[None]:
@@ -123,6 +139,8 @@ class AllGatherSessions:
             everyone[self._ranks.rank].copy_(tensor)
         if self._ranks.size == 1:
             return everyone, lambda: None
+        if self._engines is not None:
+            return everyone, self._engines.gather(everyone)
         flat = everyone.flatten().view(torch.uint8)  # a group need not know every dtype
         mine = flat.view(self._ranks.size, -1)[self._ranks.rank]
         work = _all_gather_single(flat, mine, group=self._ranks.group, async_op=True)
@@ -144,6 +162,17 @@ class AllGatherSessions:
             self._buffer = torch.empty(self._num_bytes, dtype=torch.uint8, device=device)
         self._used, self._num_tensors = end, self._num_tensors + 1
         return self._buffer[used : used + num_bytes].view(dtype).view(num_ranks, *shape)
+
+    def _make_room(self, num_bytes: int) -> None:
+        self._buffer = None
+        nvlink = self._ranks.nvlink()
+        if nvlink is None:
+            return
+        if self._engines is not None:
+            self._engines.synchronize()
+        self._num_engines += 1
+        self._engines = CopyEngines(nvlink, num_bytes, self._num_engines)
+        self._buffer = self._engines.memory
 
     def _open_bytes(self) -> int:
         if self._used is None:

@@ -143,6 +143,7 @@ class ElasticBuffer(Services):
         """Free everything. Needs ``explicitly_destroy=True``; a second call does nothing. Not collective."""
         if not self.explicitly_destroy:
             raise InvalidInput("destroy() is for buffers made with explicitly_destroy=True")
+        self._sessions.destroy()
         self._ranks.close()
         self.runtime = None
 

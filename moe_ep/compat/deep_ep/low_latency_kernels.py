@@ -7,7 +7,7 @@ import torch
 from ...backends.low_latency import LowLatency, Sent, Shape
 from ...backends.nvlink import NvlinkBackend
 from .low_latency_tables import Dispatched, Hook
-from .transport import ROW_BYTES_MULTIPLE, Communicators
+from .transport import Communicators
 
 _FORMATS = {None: "bfloat16", "exact": "fp8", "rounded": "fp8_rounded", "ue8m0": "fp8_exponents"}
 
@@ -22,10 +22,8 @@ class KernelCalls:
     @staticmethod
     def make(communicators: Communicators, enable_shrink: bool, timeout_s: float) -> KernelCalls | None:
         """None where ranks' GPUs don't reach each other."""
-        # The communicator of `Communicators.barrier`, which is there already.
-        meeting = communicators.get(ROW_BYTES_MULTIPLE // 4, communicators.size, communicators.size, 1)
-        backend = meeting._impl
-        return KernelCalls(backend, enable_shrink, timeout_s) if isinstance(backend, NvlinkBackend) else None
+        nvlink = communicators.nvlink()
+        return None if nvlink is None else KernelCalls(nvlink, enable_shrink, timeout_s)
 
     def dispatch(
         self,

@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from ... import env, ops
 from ...backends.base import Part, RoutingSpec
+from ...backends.nvlink import NvlinkBackend
 from ...backends.virtual import VirtualGroup
 from ...communicator import Communicator, find
 from ...errors import InvalidInput
@@ -89,6 +90,11 @@ class Communicators:
             return self.group.device
         over_nccl = self.group is not None and "nccl" in dist.get_backend_config(self.group)
         return torch.device("cuda" if over_nccl or env.backend() == "nvlink" else "cpu")
+
+    def nvlink(self) -> NvlinkBackend | None:
+        """The backend of calls on GPUs that reach each other's memory; None where they don't. Collective at first."""
+        backend = self._of_meeting()._impl
+        return backend if isinstance(backend, NvlinkBackend) else None
 
     def barrier(self) -> None:
         """A row from every rank to every rank: on a GPU, a barrier of the streams that does not hold up the host."""
