@@ -442,11 +442,8 @@ Status launch_combine(const Group& group, const Combine& combine) {
   launch.belt.stages = kStages;
   return for_dtype(combine.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    const Status status =
-        allow_shared_memory(reinterpret_cast<const void*>(&combine_kernel<T>), kSharedBytes);
-    if (!status.is_ok()) return status;
-    combine_kernel<T><<<combine.num_blocks, 32 * (kWarps + 1), kSharedBytes, combine.stream>>>(group, launch);
-    return Status::from_cuda(cudaGetLastError(), "launching the combine kernel");
+    return launch_blocks(combine_kernel<T>, group, launch, combine.num_blocks, 32 * (kWarps + 1),
+                         kSharedBytes, combine.stream, "launching the combine kernel");
   });
 }
 

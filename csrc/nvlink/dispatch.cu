@@ -446,10 +446,8 @@ Status launch_dispatch(const Group& group, const Dispatch& dispatch) {
   // busy by more warps, the more so the shorter their rows are.
   const int warps = dispatch.num_blocks > 32 ? 7 : segments > 1 ? 10 : kMaxWarps;
   launch.belt.stages = std::min(kMaxStages, kSharedBytes / warps / launch.belt.segment_bytes);
-  const Status status = allow_shared_memory(reinterpret_cast<const void*>(&dispatch_kernel), kSharedBytes);
-  if (!status.is_ok()) return status;
-  dispatch_kernel<<<dispatch.num_blocks, 32 * (warps + 1), kSharedBytes, dispatch.stream>>>(group, launch);
-  return Status::from_cuda(cudaGetLastError(), "launching the dispatch kernel");
+  return launch_blocks(dispatch_kernel, group, launch, dispatch.num_blocks, 32 * (warps + 1), kSharedBytes,
+                       dispatch.stream, "launching the dispatch kernel");
 }
 
 }  // namespace moe_ep::nvlink

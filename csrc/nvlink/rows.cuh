@@ -3,6 +3,7 @@
 #include <climits>
 #include <cstdint>
 
+#include "common/status.h"
 #include "nvlink/bulk.cuh"
 #include "nvlink/sync.cuh"
 
@@ -370,6 +371,28 @@ class Mailbox {
   uint64_t* notices_;
   int warps_;
 };
+
+// Launches blocks that fill a multiprocessor each, an even number of them in clusters of two: these share a
+// pair of multiprocessors (TPC). Blocks apart would take one out of many pairs, and matrix products beside
+// them whose blocks come as clusters of two could use neither.
+template <typename Launch>
+Status launch_blocks(void (*kernel)(Group, Launch), const Group& group, const Launch& launch, int blocks,
+                     int threads, int shared_bytes, cudaStream_t stream, const char* doing) {
+  const Status status = allow_shared_memory(reinterpret_cast<const void*>(kernel), shared_bytes);
+  if (!status.is_ok()) return status;
+  cudaLaunchAttribute pairs{};
+  pairs.id = cudaLaunchAttributeClusterDimension;
+  pairs.val.clusterDim.x = 2;
+  pairs.val.clusterDim.y = pairs.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(blocks);
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  config.attrs = &pairs;
+  config.numAttrs = blocks % 2 == 0 ? 1 : 0;
+  return Status::from_cuda(cudaLaunchKernelEx(&config, kernel, group, launch), doing);
+}
 
 // Runs the items of a job, loading each while the one before is processed. Of a job,
 // - `fetch(item, wait)` gives the next item in order; without `wait`, not_yet if it would have to wait;
