@@ -249,7 +249,7 @@ def takes_carried_gradient(rows: torch.Tensor) -> bool:
 
     Not that of a leaf, such as a detached tensor: autograd would copy it into ``.grad``, as numbers.
     """
-    return rows.grad_fn is not None and _takes_carried.get(rows.untyped_storage()) == rows.shape
+    return _takes_carried.get(rows.untyped_storage()) == rows.shape and not rows.is_leaf
 
 
 def make_carrier(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
