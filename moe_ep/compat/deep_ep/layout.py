@@ -40,18 +40,21 @@ def dispatch_layout(topk_idx: torch.Tensor, num_experts: int, num_ranks: int) ->
 
 def positions(is_token_in_rank: torch.Tensor) -> torch.Tensor:
     """int32 ``[T, R]``: the token's place among those that go to a rank, or -1."""
-    return torch.where(is_token_in_rank, is_token_in_rank.cumsum(0) - 1, -1).to(torch.int32)
+    return is_token_in_rank.cumsum(0, dtype=torch.int32).mul_(is_token_in_rank).sub_(1)
 
 
 def pack_ids(topk_idx: torch.Tensor) -> torch.Tensor:
     """Ids as they travel: int32, one higher, so that rows which hold no token name no expert."""
-    return topk_idx.to(torch.int32) + 1
+    return torch.add(topk_idx, 1, out=torch.empty_like(topk_idx, dtype=torch.int32))
 
 
-def local_ids(packed: torch.Tensor, rank: int, num_local_experts: int, dtype: torch.dtype) -> torch.Tensor:
-    """What arrived, as ids of this rank's experts, -1 for others'."""
-    ids = packed - 1 - rank * num_local_experts
-    return torch.where((ids >= 0) & (ids < num_local_experts), ids, -1).to(dtype)
+def local_ids(
+    packed: torch.Tensor, rank: int, num_local_experts: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What arrived, as ids of this rank's experts, -1 for others'; and whether they are others'."""
+    ids = torch.sub(packed, 1 + rank * num_local_experts, out=torch.empty_like(packed, dtype=dtype))
+    is_elsewhere = ids != ids.clamp(0, num_local_experts - 1)
+    return ids.masked_fill_(is_elsewhere, -1), is_elsewhere
 
 
 def token_numbers(num_tokens: int, device: torch.device) -> torch.Tensor:

@@ -122,7 +122,7 @@ class OperatorCalls:
         def send(members: Members) -> tuple[Sent, tuple[torch.Tensor, ...]]:
             routing = self._routing(members, topk_idx, max_tokens, per_rank)
             rows, (ids, tokens, sources, *scales) = routing.send(payload[0], numbers)
-            ids = local_ids(ids, self.rank, per_rank, torch.int64)
+            ids, _ = local_ids(ids, self.rank, per_rank, torch.int64)
             sources, tokens = sources.flatten() - 1, tokens.flatten() - 1
             tables = make_tables(ids, sources, tokens, per_rank, self.size, self.size * max_tokens)
             return Sent(members, routing, tables, topk_idx, max_tokens, num_experts), (rows, *scales)

@@ -10,7 +10,8 @@ import torch
 from ...errors import InvalidInput
 from . import layout, transport
 from .config import topk_idx_t
-from .routing import AllGather, RankRouting
+from .elastic_sizes import align
+from .routing import ROW_WORDS_MULTIPLE, AllGather, RankRouting
 from .transport import Communicators
 
 Tokens = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
@@ -85,8 +86,8 @@ class NormalMode:
         recv_idx = recv_weights = None
         if topk_idx is not None:
             local_experts = num_experts // self.communicators.size
-            recv_idx = layout.local_ids(topk[0], rank, local_experts, topk_idx.dtype)
-            recv_weights = torch.where(recv_idx >= 0, topk[1], 0.0)
+            recv_idx, is_elsewhere = layout.local_ids(topk[0], rank, local_experts, topk_idx.dtype)
+            recv_weights = topk[1].masked_fill_(is_elsewhere, 0.0)
         tensors = (
             counts[:, 1 : 1 + self.communicators.size].cumsum(0, dtype=torch.int32),
             sent.num_tokens_per_rank.unsqueeze(1),
@@ -127,10 +128,14 @@ class NormalMode:
         return handle.routing
 
     def _exchange_counts(self, num_tokens: int, sent: layout.Layout) -> torch.Tensor:
-        """int32 ``[R, 1 + R + E]`` by source rank: tokens; tokens to each rank; tokens to each expert."""
+        """int32 ``[R, 1 + R + E + n]`` by source rank: tokens; those to each rank, to each expert; what fills a row."""
         per_rank, per_expert = sent.num_tokens_per_rank, sent.num_tokens_per_expert
-        tokens = torch.full_like(per_rank[:1], num_tokens)
-        return self._all_gather(torch.cat([tokens, per_rank, per_expert]).unsqueeze(0)).squeeze(1)
+        behind_ranks = 1 + len(per_rank)
+        end = behind_ranks + len(per_expert)
+        words = per_rank.new_full((align(end, ROW_WORDS_MULTIPLE),), num_tokens)
+        words[1:behind_ranks] = per_rank
+        words[behind_ranks:end] = per_expert
+        return self._all_gather(words.unsqueeze(0)).squeeze(1)
 
     def _sizes(self, counts: torch.Tensor, num_worst_tokens: int) -> _Sizes:
         """What the host has to know. It waits for the device, unless the number of rows is given and the room known.

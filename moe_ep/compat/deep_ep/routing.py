@@ -16,7 +16,7 @@ from ...handle import DispatchHandle
 from . import transport
 from .transport import Communicators
 
-_ROW_WORDS_MULTIPLE = 4  # rows are made of 16 bytes
+ROW_WORDS_MULTIPLE = 4  # rows are made of 16 bytes
 
 
 class RankRouting:
@@ -98,6 +98,6 @@ class AllGather:
 
 def _as_rows(words: torch.Tensor) -> torch.Tensor:
     """``[m, n]`` of a 32-bit dtype as float32 rows that can travel."""
-    missing = -words.shape[1] % _ROW_WORDS_MULTIPLE
+    missing = -words.shape[1] % ROW_WORDS_MULTIPLE
     padded = torch.nn.functional.pad(words, (0, missing)) if missing or words.shape[1] == 0 else words
     return padded.contiguous().view(torch.float32)

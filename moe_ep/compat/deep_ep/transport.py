@@ -263,7 +263,9 @@ def _pack(numbers: Sequence[torch.Tensor]) -> torch.Tensor:
         return words[0]
     width = sum(part.shape[1] for part in words)
     missing = -width % _WORDS_MULTIPLE
-    return torch.cat([*words, words[0].new_zeros(words[0].shape[0], missing)], dim=1)
+    widest = max(words, key=lambda part: part.shape[1])
+    filling = widest[:, :1].expand(-1, missing)  # which nobody reads
+    return torch.cat([*words, filling], dim=1)
 
 
 def _unpack(words: torch.Tensor, like: Sequence[torch.Tensor]) -> list[torch.Tensor]:
