@@ -133,9 +133,10 @@ class Sweep {
     std::printf(" empty %.1f, dispatch fp8 %.1f, bf16 %.1f,", empty, dispatched, wide);
     const float combined = in_a_row({back}), both = in_a_row({fp8, back});
     std::printf(" combine %.1f, both %.1f; parts:", combined, both);
-    // Parts of a combine wait for nothing but what other ranks' like parts send.
+    // Sending alone waits for nothing but other ranks' weights, if tokens of each go to all: else one would
+    // run away from the others.
     const float parts = in_a_row({send, receive}), parts_back = in_a_row({send_back, receive_back});
-    const float alone = in_a_row({send_back});
+    const float alone = tokens_ < 8 ? 0 : in_a_row({send_back});
     std::printf(" dispatch %.1f, combine %.1f (sending %.1f)\n", parts, parts_back, alone);
     for (const bool flush : {false, true}) {
       const std::vector<float> us =
