@@ -88,11 +88,15 @@ def quantize(x: torch.Tensor) -> Fp8Tokens:
     Differentiable straight-through: the gradient of the result's ``carrier`` is the gradient of ``x``.
     Raises InvalidInput for another dtype or shape.
     """
+    check_quantisable(x)
+    return Fp8Tokens(*_Quantize.call(x))
+
+
+def check_quantisable(x: torch.Tensor) -> None:
     if x.dim() != 2 or x.dtype not in QUANTISABLE:
         raise InvalidInput(
             f"quantize takes a [M, H] tensor of bfloat16, float16 or float32, not {x.dtype} of shape {tuple(x.shape)}"
         )
-    return Fp8Tokens(*_Quantize.call(x))
 
 
 def dequantize(data: torch.Tensor, scale_inv: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -114,7 +118,8 @@ def dequantize(data: torch.Tensor, scale_inv: torch.Tensor, dtype: torch.dtype) 
     return out
 
 
-def _quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """``(data, scale_inv)`` of `quantize`, outside autograd."""
     kernels = _kernels(x)
     if kernels is None:
         return quantize_torch(x)
@@ -260,7 +265,7 @@ def make_carrier(shape: torch.Size, dtype: torch.dtype, device: torch.device) ->
 class _Quantize(Function):
     @staticmethod
     def compute(x):
-        return *_quantize(x), make_carrier(x.shape, x.dtype, x.device)
+        return *quantize_rows(x), make_carrier(x.shape, x.dtype, x.device)
 
     @staticmethod
     def forward(ctx, x):

@@ -13,11 +13,12 @@ from .autograd import Function
 from .backends.base import Part, Routing, RoutingSpec
 from .communicator import Communicator, find
 from .errors import InvalidInput
-from .fp8 import Fp8Tokens, carry, make_carrier, quantize, takes_carried_gradient
+from .fp8 import Fp8Tokens, carry, check_quantisable, make_carrier, takes_carried_gradient
 from .handle import DispatchHandle, DispatchOutput
 from .streams import Event, finish, named_range, side_stream
 from .validate import (
     check_biases,
+    check_fp8_hidden,
     check_fp8_mode,
     check_fp8_tokens,
     check_handle,
@@ -88,9 +89,10 @@ def dispatch(
             comm._impl.check_rows("x", x)
     else:
         _check_reuse(handle, comm, topk_idx, num_tokens)
-    if fp8 is not None and not isinstance(x, Fp8Tokens):
-        x = quantize(x)
-        check_fp8_tokens("x", x, comm)
+    quantises = fp8 is not None and not isinstance(x, Fp8Tokens)
+    if quantises:
+        check_quantisable(x)
+        check_fp8_hidden(comm)
 
     with named_range("moe_ep.dispatch"):
         if handle is None:
@@ -108,6 +110,9 @@ def dispatch(
             data, scale_inv, carrier, weights = _DispatchFp8.call(
                 x.data, x.scale_inv, x.carrier, topk_weights, handle, num_sms
             )
+            tokens = Fp8Tokens(data, scale_inv, carrier)
+        elif quantises:
+            data, scale_inv, carrier, weights = _DispatchQuantised.call(x, topk_weights, handle, num_sms)
             tokens = Fp8Tokens(data, scale_inv, carrier)
         else:
             tokens, weights = _Dispatch.call(x, topk_weights, handle, None, num_sms)
@@ -237,8 +242,7 @@ class _Dispatch(Function):
         if wire_fp8 is None:
             rows, row_weights = _move([Part(x)], weights, handle, num_sms)
             return rows[0], row_weights
-        tokens = quantize(x)
-        data, scale_inv, row_weights = _move_fp8(tokens.data, tokens.scale_inv, weights, handle, num_sms)
+        data, scale_inv, row_weights = _move_quantised(x, weights, handle, num_sms)
         return Fp8Tokens(data, scale_inv).dequantize(x.dtype), row_weights
 
     @staticmethod
@@ -280,14 +284,42 @@ class _DispatchFp8(Function):
         return None, None, grad_x, grad_weights, None, None
 
 
+class _DispatchQuantised(Function):
+    """x [T, H], quantised on the way; straight-through, so the gradient is _Dispatch's."""
+
+    @staticmethod
+    def compute(x, weights, handle, num_sms):
+        data, scale_inv, row_weights = _move_quantised(x, weights, handle, num_sms)
+        return data, scale_inv, make_carrier(data.shape, x.dtype, x.device), row_weights
+
+    @staticmethod
+    def forward(ctx, x, weights, handle, num_sms):
+        ctx.handle, ctx.num_sms = handle, num_sms
+        ctx.set_materialize_grads(False)
+        ctx.rows_dtype, ctx.hidden = x.dtype, x.shape[1]
+        ctx.weights_dtype = weights.dtype if ctx.needs_input_grad[1] else None
+        out = _DispatchQuantised.compute(x, weights, handle, num_sms)
+        ctx.mark_non_differentiable(*out[:2])
+        return out
+
+    @staticmethod
+    def backward(ctx, _grad_data, _grad_scale_inv, grad_rows, grad_row_weights):
+        with named_range("moe_ep.dispatch.backward"):
+            return *_transpose(ctx, grad_rows, grad_row_weights, ctx.weights_dtype), None, None
+
+
 def _carried_dtype(carrier: torch.Tensor | None) -> torch.dtype:
     return torch.bfloat16 if carrier is None else carrier.dtype
 
 
 def _move_fp8(data, scale_inv, weights, handle, num_sms):
-    parts = [Part(data.view(torch.uint8)), Part(scale_inv, padding=1.0)]
-    (data, scale_inv), row_weights = _move(parts, weights, handle, num_sms)
-    return data.view(torch.float8_e4m3fn), scale_inv, row_weights
+    return ops.dispatch_fp8(
+        data, scale_inv, weights, handle.communicator_id, handle.spec, handle.state, num_sms
+    )
+
+
+def _move_quantised(x, weights, handle, num_sms):
+    return ops.dispatch_quantised(x, weights, handle.communicator_id, handle.spec, handle.state, num_sms)
 
 
 def _move(parts, weights, handle, num_sms):
@@ -345,9 +377,8 @@ class _Combine(Function):
             grad_weights = grad_weights.contiguous()
         with named_range("moe_ep.combine.backward"):
             if ctx.carries_grad:  # into FP8 matrix products: rows stay as they arrive
-                tokens = quantize(grad_y.contiguous())
-                data, scale_inv, grad_weights = _move_fp8(
-                    tokens.data, tokens.scale_inv, grad_weights, ctx.handle, ctx.num_sms
+                data, scale_inv, grad_weights = _move_quantised(
+                    grad_y.contiguous(), grad_weights, ctx.handle, ctx.num_sms
                 )
                 grads = carry(Fp8Tokens(data, scale_inv), ctx.sums_dtype), grad_weights
             else:

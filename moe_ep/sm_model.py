@@ -27,6 +27,8 @@ OVERLAPPED_SMS = 24
 MOST_SENDERS = 24
 WARPS = 11
 """Of a combine kernel, on each multiprocessor: a warp that sends keeps to one peer where rings are short."""
+QUANTISING_SMS = 48
+"""From so many on a dispatch quantises by itself; with fewer, a kernel before it on all multiprocessors takes less."""
 _STEP = 4
 
 
@@ -80,7 +82,7 @@ def choose_num_sms(work: Work, available: int, overlapped: bool = False) -> int:
     return limit
 
 
-def split(work: Work, num_sms: int) -> tuple[int, int]:
+def split(work: Work, num_sms: int, quantises: bool = False) -> tuple[int, int]:
     """SMs of a kernel, at least 2 where there are peers, and how many of them send.
 
     The shares that were best on 2 H200 with 24, 64 and 132 SMs. Those that send help the others when they are done, so
@@ -88,10 +90,12 @@ def split(work: Work, num_sms: int) -> tuple[int, int]:
     """
     if work.num_ranks == 1:
         return num_sms, 0
-    num_sms = max(2, num_sms)
-    if work.op == "combine" and work.layout == "expert":
+    num_sms, most_senders = max(2, num_sms), MOST_SENDERS
+    if quantises:  # which takes a warp longer than the link takes for the row
+        senders, most_senders = 0.3 * num_sms, num_sms
+    elif work.op == "combine" and work.layout == "expert":
         senders = 0.6 * num_sms
     else:
         senders = min(0.42 * num_sms, 6.6 + 0.1 * num_sms)
-    senders = max(1, min(int(senders), MOST_SENDERS), -(-(work.num_ranks - 1) // WARPS))
+    senders = max(1, min(int(senders), most_senders), -(-(work.num_ranks - 1) // WARPS))
     return max(num_sms, senders + 1), senders

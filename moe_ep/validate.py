@@ -44,10 +44,14 @@ def check_fp8_tokens(name: str, x: fp8.Fp8Tokens, comm: Communicator) -> None:
         raise InvalidInput(
             f"{name} has shape {tuple(x.shape)}; it must be [rows, {comm.hidden}], the communicator's hidden"
         )
-    if comm.hidden % ROW_BYTES_MULTIPLE:
-        raise InvalidInput(f"hidden is {comm.hidden}; FP8 rows need a multiple of {ROW_BYTES_MULTIPLE}")
+    check_fp8_hidden(comm)
     _check_contiguous(f"{name}.data", x.data)
     _check_contiguous(f"{name}.scale_inv", x.scale_inv)
+
+
+def check_fp8_hidden(comm: Communicator) -> None:
+    if comm.hidden % ROW_BYTES_MULTIPLE:
+        raise InvalidInput(f"hidden is {comm.hidden}; FP8 rows need a multiple of {ROW_BYTES_MULTIPLE}")
 
 
 def check_num_tokens(num_tokens: int, comm: Communicator) -> None:

@@ -160,12 +160,14 @@ void bind(py::module_& module) {
           py::arg("ids"), py::arg("ticket"), py::arg("num_sms"), py::arg("stream"))
       .def(
           "dispatch",
-          [](const Communicator& self, Address rows, int64_t row_bytes, Address scales, int scale_words,
-             float scale_padding, Address weights, Address tables, Address out_rows, Address out_scales,
-             Address out_weights, int64_t num_rows, bool expert_layout, bool has_padding, int num_blocks,
-             int send_blocks, Address stream) {
+          [](const Communicator& self, Address rows, int64_t row_bytes, std::optional<DType> quantised_from,
+             Address scales, int scale_words, float scale_padding, Address weights, Address tables,
+             Address out_rows, Address out_scales, Address out_weights, int64_t num_rows, bool expert_layout,
+             bool has_padding, int num_blocks, int send_blocks, Address stream) {
             const Dispatch dispatch{pointer<char>(rows),
                                     row_bytes,
+                                    quantised_from.has_value(),
+                                    quantised_from.value_or(DType::bfloat16),
                                     pointer<float>(scales),
                                     scale_words,
                                     scale_padding,
@@ -182,10 +184,11 @@ void bind(py::module_& module) {
                                     pointer<CUstream_st>(stream)};
             self.launch([&](const Group& group) { return launch_dispatch(group, dispatch); });
           },
-          py::arg("rows"), py::arg("row_bytes"), py::arg("scales"), py::arg("scale_words"),
-          py::arg("scale_padding"), py::arg("weights"), py::arg("tables"), py::arg("out_rows"),
-          py::arg("out_scales"), py::arg("out_weights"), py::arg("num_rows"), py::arg("expert_layout"),
-          py::arg("has_padding"), py::arg("num_blocks"), py::arg("send_blocks"), py::arg("stream"))
+          py::arg("rows"), py::arg("row_bytes"), py::arg("quantised_from"), py::arg("scales"),
+          py::arg("scale_words"), py::arg("scale_padding"), py::arg("weights"), py::arg("tables"),
+          py::arg("out_rows"), py::arg("out_scales"), py::arg("out_weights"), py::arg("num_rows"),
+          py::arg("expert_layout"), py::arg("has_padding"), py::arg("num_blocks"), py::arg("send_blocks"),
+          py::arg("stream"))
       .def(
           "combine",
           [](const Communicator& self, Address rows, DType dtype, int64_t row_bytes, Address row_weights,

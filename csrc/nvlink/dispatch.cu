@@ -1,7 +1,11 @@
 #include "nvlink/dispatch.h"
 
 #include <algorithm>
+#include <cstring>
+#include <type_traits>
 
+#include "fp8/blocks.cuh"
+#include "fp8/formulas.cuh"
 #include "nvlink/plan_tables.h"
 #include "nvlink/rows.cuh"
 
@@ -37,6 +41,11 @@ struct Context {
         tables(const_cast<int*>(launch.dispatch.tables), group),
         call(call),
         lane(threadIdx.x % 32) {}
+
+  // Of a row of this rank's own tokens.
+  __device__ int64_t source_bytes() const {
+    return dispatch.row_bytes * (!dispatch.quantises ? 1 : dispatch.dtype == DType::float32 ? 4 : 2);
+  }
 };
 
 // The numbers that belong to a row, its token's scales and weights: those of this lane, on their way while
@@ -45,13 +54,12 @@ class Numbers {
  public:
   Numbers() = default;
 
-  __device__ Numbers(const Context& context, const float* scales, const float* weights)
-      : scales_(scales), weight_(0) {
+  // `scales`: of `words`.
+  __device__ Numbers(const Context& context, const float* scales, int words, const float* weights)
+      : scales_(scales), words_(words), weight_(0) {
     const int lane = context.lane;
 #pragma unroll
-    for (int i = 0; i < kEarly; ++i) {
-      early_[i] = lane + 32 * i < context.dispatch.scale_words ? __ldcg(scales + lane + 32 * i) : 0;
-    }
+    for (int i = 0; i < kEarly; ++i) early_[i] = lane + 32 * i < words ? __ldcg(scales + lane + 32 * i) : 0;
     if (context.dispatch.weights != nullptr && lane < context.group.num_topk) {
       weight_ = __ldcg(weights + lane);
     }
@@ -60,18 +68,19 @@ class Numbers {
   // Of this lane's k.
   __device__ float weight() const { return weight_; }
 
-  __device__ __forceinline__ void write_scales(const Context& context, float* to) const {
-    const int lane = context.lane, words = context.dispatch.scale_words;
+  __device__ __forceinline__ void write_scales(float* to) const {
+    const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int i = 0; i < kEarly; ++i) {
-      if (lane + 32 * i < words) to[lane + 32 * i] = early_[i];
+      if (lane + 32 * i < words_) to[lane + 32 * i] = early_[i];
     }
-    for (int i = lane + 32 * kEarly; i < words; i += 32) to[i] = __ldcg(scales_ + i);
+    for (int i = lane + 32 * kEarly; i < words_; i += 32) to[i] = __ldcg(scales_ + i);
   }
 
  private:
   static constexpr int kEarly = 2;
   const float* scales_;
+  int words_;
   float early_[kEarly];
   float weight_;
 };
@@ -79,40 +88,95 @@ class Numbers {
 // Those of a token of this rank.
 __device__ __forceinline__ Numbers numbers_of_token(const Context& context, int64_t token) {
   const Dispatch& dispatch = context.dispatch;
-  return Numbers(context, dispatch.scales + token * dispatch.scale_words,
+  const int words = dispatch.quantises ? 0 : dispatch.scale_words;
+  return Numbers(context, dispatch.scales + token * words, words,
                  dispatch.weights + token * context.group.num_topk);
 }
 
 __device__ __forceinline__ Rows row_of_token(const Context& context, int64_t token) {
-  return {context.dispatch.rows + token * context.dispatch.row_bytes, 1};
+  return {context.dispatch.rows + token * context.source_bytes(), 1};
 }
 
-// Writes a segment, by the whole warp, to place_of(0), place_of(1)...
-template <typename PlaceOf>
-__device__ __forceinline__ void write_segment(SharedAddress stage, int bytes, int copies,
-                                              PlaceOf&& place_of) {
-  const int lane = threadIdx.x % 32;
-  stage += 16 * lane;
-  int begin = 16 * lane;
-  for (; bytes >= kWordsBytes; bytes -= kWordsBytes, begin += kWordsBytes, stage += kWordsBytes) {
-    uint4 words[kVectors];
+// Where a row goes.
+struct Place {
+  char* row;
+  float* scales;
+};
+
+// How rows leave a belt, by the whole warp: as they are.
+struct Copying {
+  // One segment, which begins at byte `begin` of its row, to place_of(0), place_of(1)...
+  template <typename PlaceOf>
+  static __device__ __forceinline__ void write(const Context&, SharedAddress stage, int begin, int bytes,
+                                               int copies, PlaceOf&& place_of) {
+    const int lane = threadIdx.x % 32;
+    stage += 16 * lane;
+    begin += 16 * lane;
+    for (; bytes >= kWordsBytes; bytes -= kWordsBytes, begin += kWordsBytes, stage += kWordsBytes) {
+      uint4 words[kVectors];
 #pragma unroll
-    for (int v = 0; v < kVectors; ++v) words[v] = load_shared(stage + 512 * v);
-    for (int copy = 0; copy < copies; ++copy) {
-      char* to = place_of(copy) + begin;
+      for (int v = 0; v < kVectors; ++v) words[v] = load_shared(stage + 512 * v);
+      for (int copy = 0; copy < copies; ++copy) {
+        char* to = place_of(copy).row + begin;
 #pragma unroll
-      for (int v = 0; v < kVectors; ++v) *reinterpret_cast<uint4*>(to + 512 * v) = words[v];
+        for (int v = 0; v < kVectors; ++v) *reinterpret_cast<uint4*>(to + 512 * v) = words[v];
+      }
+    }
+    for (; bytes > 0; bytes -= 512, begin += 512, stage += 512) {
+      uint4 word;
+      if (16 * lane < bytes) word = load_shared(stage);
+      for (int copy = 0; copy < copies; ++copy) {
+        char* to = place_of(copy).row + begin;
+        if (16 * lane < bytes) *reinterpret_cast<uint4*>(to) = word;
+      }
     }
   }
-  for (; bytes > 0; bytes -= 512, begin += 512, stage += 512) {
-    uint4 word;
-    if (16 * lane < bytes) word = load_shared(stage);
-    for (int copy = 0; copy < copies; ++copy) {
-      char* to = place_of(copy) + begin;
-      if (16 * lane < bytes) *reinterpret_cast<uint4*>(to) = word;
+};
+
+// As FP8, with their scales: neighbouring lanes have 16 bytes each of a block of 128 numbers of type T.
+template <typename T>
+struct Quantising {
+  static constexpr int kNumbers = 16 / sizeof(T);  // that a lane has of a block
+  static constexpr int kLanes = fp8::kBlock / kNumbers;
+  static constexpr int kBlocks = 32 / kLanes;  // that a warp has at a time
+  static_assert(kVectors <= kLanes);
+
+  template <typename PlaceOf>
+  static __device__ __forceinline__ void write(const Context& context, SharedAddress stage, int begin,
+                                               int bytes, int copies, PlaceOf&& place_of) {
+    const int lane = threadIdx.x % 32;
+    for (; bytes > 0; bytes -= kWordsBytes, begin += kWordsBytes, stage += kWordsBytes) {
+      Vector<uint8_t, kNumbers> data[kVectors];
+      float own_inverse = 1.0f;  // of one of this lane's blocks: the `lane % kLanes`-th
+#pragma unroll
+      for (int v = 0; v < kVectors; ++v) {
+        Vector<T, kNumbers> numbers{};
+        if (512 * v + 16 * lane < bytes) {
+          const uint4 word = load_shared(stage + 512 * v + 16 * lane);
+          memcpy(&numbers, &word, sizeof(word));
+        }
+        const fp8::Scale scale = fp8::scale_from_amax(max_over_lanes<kLanes>(fp8::amax_of(numbers)));
+        float values[kNumbers];
+#pragma unroll
+        for (int i = 0; i < kNumbers; ++i) values[i] = to_float(numbers.at[i]);
+        data[v] = fp8::quantize(values, scale.multiply);
+        if (lane % kLanes == v) own_inverse = scale.inverse;
+      }
+      const int first = begin / static_cast<int>(sizeof(T));
+      const int own_block = first / fp8::kBlock + lane % kLanes * kBlocks + lane / kLanes;
+      const bool has_block = lane % kLanes < kVectors && own_block < context.dispatch.scale_words;
+      for (int copy = 0; copy < copies; ++copy) {
+        const Place place = place_of(copy);
+        uint8_t* to = reinterpret_cast<uint8_t*>(place.row) + first + kNumbers * lane;
+#pragma unroll
+        for (int v = 0; v < kVectors; ++v) {
+          if (512 * v + 16 * lane < bytes) store(to + 32 * kNumbers * v, data[v]);
+        }
+        if (has_block) place.scales[own_block] = own_inverse;
+      }
     }
   }
-}
+};
 
 // This rank's tokens in the order in which they are sent: those of other ranks, or its own.
 class TokenChunks {
@@ -156,6 +220,7 @@ class TokenChunks {
 };
 
 // Fills the rings of peers with this rank's tokens.
+template <typename Format>
 struct Send {
   struct Item {
     Rows rows;
@@ -200,12 +265,13 @@ struct Send {
     failed = !may_send;
     if (failed) return;
     char* slot = Ring(context.group, item.peer, context.group.rank).slot(context.slots, item.index);
+    float* numbers = reinterpret_cast<float*>(slot + context.dispatch.row_bytes);
     for (int begin = 0; begin < belt.row_bytes(); begin += belt.segment_bytes()) {
       if (begin > 0) load_ahead();
-      write_segment(belt.take(), belt.bytes_from(begin), 1, [&](int) { return slot + begin; });
+      Format::write(context, belt.take(), begin, belt.bytes_from(begin), 1,
+                    [&](int) { return Place{slot, numbers}; });
     }
-    float* numbers = reinterpret_cast<float*>(slot + belt.row_bytes());
-    item.numbers.write_scales(context, numbers);
+    item.numbers.write_scales(numbers);
     if (context.dispatch.weights != nullptr && context.lane < context.group.num_topk) {
       numbers[context.dispatch.scale_words + context.lane] = item.numbers.weight();
     }
@@ -214,7 +280,7 @@ struct Send {
 };
 
 // Puts arrivals where the plan wants them; `Source` says which and where they lie.
-template <typename Source>
+template <typename Source, typename Format>
 struct Receive {
   struct Item {
     Rows rows;
@@ -253,17 +319,16 @@ struct Receive {
       places = __shfl_sync(kAllLanes, item.place, __ffs(here) - 1);
       copies = 1;
     }
+    const auto place_of = [&](int copy) {
+      const int64_t row = __shfl_sync(kAllLanes, places, copy);
+      return Place{dispatch.out_rows + row * dispatch.row_bytes,
+                   dispatch.out_scales + row * dispatch.scale_words};
+    };
     for (int begin = 0; begin < belt.row_bytes(); begin += belt.segment_bytes()) {
       load_ahead();
-      write_segment(belt.take(), belt.bytes_from(begin), copies, [&](int copy) {
-        const int64_t row = __shfl_sync(kAllLanes, places, copy);
-        return dispatch.out_rows + row * dispatch.row_bytes + begin;
-      });
+      Format::write(context, belt.take(), begin, belt.bytes_from(begin), copies, place_of);
     }
-    for (int copy = 0; copy < copies; ++copy) {
-      const int64_t row = __shfl_sync(kAllLanes, places, copy);
-      item.numbers.write_scales(context, dispatch.out_scales + row * dispatch.scale_words);
-    }
+    for (int copy = 0; copy < copies; ++copy) item.numbers.write_scales(place_of(copy).scales);
     if (dispatch.weights != nullptr && here) write_weights(item);
     source.finish(item.arrival);
   }
@@ -359,7 +424,7 @@ struct PeersTokens {
 
   __device__ Numbers numbers(const Arrival& arrival) const {
     const float* numbers = reinterpret_cast<const float*>(slot(arrival) + context.dispatch.row_bytes);
-    return Numbers(context, numbers, numbers + context.dispatch.scale_words);
+    return Numbers(context, numbers, context.dispatch.scale_words, numbers + context.dispatch.scale_words);
   }
 
   __device__ void finish(const Arrival& arrival) const {
@@ -398,6 +463,8 @@ __device__ void clear_padding(const Context& context, const Crew& crew) {
   for (int64_t row = end + crew.index; row < num_rows; row += crew.size) clear_row(context, row);
 }
 
+// Format: of this rank's own tokens.
+template <typename Format>
 __global__ void __launch_bounds__(32 * (kMaxWarps + 1), 1)
     dispatch_kernel(const __grid_constant__ Group group, const __grid_constant__ Launch launch) {
   extern __shared__ __align__(128) char memory[];
@@ -411,18 +478,19 @@ __global__ void __launch_bounds__(32 * (kMaxWarps + 1), 1)
     const Context context(group, launch, call);
     const int warp = threadIdx.x / 32;
     Belt belt(memory + warp * launch.belt.stages * launch.belt.segment_bytes, barriers[warp], launch.belt,
-              static_cast<int>(launch.dispatch.row_bytes));
+              static_cast<int>(context.source_bytes()));
     if (crew.sends) {
-      Send send(context, crew, mailbox);
+      Send<Format> send(context, crew, mailbox);
       run_job(send, belt);
       mailbox.close();
     }
     // Those that send help with the rest when they are done.
-    Receive<OwnTokens> own(context, crew);
+    Receive<OwnTokens, Format> own(context, crew);
     run_job(own, belt);
     if (launch.dispatch.has_padding && !crew.sends) clear_padding(context, crew);
     if (group.size > 1) {
-      Receive<PeersTokens> peers(context, crew);
+      belt.set_row_bytes(static_cast<int>(launch.dispatch.row_bytes));
+      Receive<PeersTokens, Copying> peers(context, crew);
       run_job(peers, belt);
     }
     belt.drain();
@@ -440,14 +508,23 @@ Status launch_dispatch(const Group& group, const Dispatch& dispatch) {
   Launch launch{dispatch, {}, {}};
   launch.slots = Slots(group, align16(dispatch.row_bytes + 4 * (dispatch.scale_words + weight_words)));
   if (group.size > 1 && launch.slots.rows == 0) return ring_too_small(group, launch.slots.bytes);
-  const int segments = static_cast<int>((dispatch.row_bytes + kSegmentBytes - 1) / kSegmentBytes);
-  launch.belt.segment_bytes = static_cast<int>(align16((dispatch.row_bytes + segments - 1) / segments));
+  const int64_t source_bytes = dispatch.row_bytes * (!dispatch.quantises                ? 1
+                                                     : dispatch.dtype == DType::float32 ? 4
+                                                                                        : 2);
+  const int segments = static_cast<int>((source_bytes + kSegmentBytes - 1) / kSegmentBytes);
+  launch.belt.segment_bytes = static_cast<int>((source_bytes + segments - 1) / segments + 511) / 512 * 512;
   // Many multiprocessors wait for the link, and rather have more rows under way in each warp; few are kept
   // busy by more warps, the more so the shorter their rows are.
   const int warps = dispatch.num_blocks > 32 ? 7 : segments > 1 ? 10 : kMaxWarps;
   launch.belt.stages = std::min(kMaxStages, kSharedBytes / warps / launch.belt.segment_bytes);
-  return launch_blocks(dispatch_kernel, group, launch, dispatch.num_blocks, 32 * (warps + 1), kSharedBytes,
-                       dispatch.stream, "launching the dispatch kernel");
+  const auto launch_as = [&](auto* kernel) {
+    return launch_blocks(kernel, group, launch, dispatch.num_blocks, 32 * (warps + 1), kSharedBytes,
+                         dispatch.stream, "launching the dispatch kernel");
+  };
+  if (!dispatch.quantises) return launch_as(&dispatch_kernel<Copying>);
+  return for_dtype(dispatch.dtype, [&](auto* type) {
+    return launch_as(&dispatch_kernel<Quantising<std::remove_pointer_t<decltype(type)>>>);
+  });
 }
 
 }  // namespace moe_ep::nvlink

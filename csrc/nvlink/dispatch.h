@@ -1,13 +1,17 @@
 #pragma once
 
+#include "common/dtype.h"
 #include "nvlink/group.h"
 
 namespace moe_ep::nvlink {
 
-// Moves the rows of all ranks' tokens to where a plan wants them.
+// Moves the rows of all ranks' tokens to where a plan wants them; and with `quantises`, quantises them on the
+// way, to FP8 by fp8/formulas.cuh.
 struct Dispatch {
-  const char* rows;     // [T] of row_bytes, 16-byte aligned
-  int64_t row_bytes;    // a multiple of 16
+  const char* rows;   // [T] of row_bytes, 16-byte aligned; with `quantises` [T, row_bytes] of `dtype`
+  int64_t row_bytes;  // as they travel: a multiple of 16
+  bool quantises;
+  DType dtype;
   const float* scales;  // [T, scale_words], or null
   int scale_words;
   float scale_padding;   // of rows without a token

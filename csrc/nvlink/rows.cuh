@@ -233,6 +233,9 @@ class Belt {
     __syncwarp();
   }
 
+  // Of the rows that are queued from now on; when there are none.
+  __device__ void set_row_bytes(int row_bytes) { row_bytes_ = row_bytes; }
+
   __device__ int bytes_from(int begin) const { return min(shape_.segment_bytes, row_bytes_ - begin); }
   __device__ int segment_bytes() const { return shape_.segment_bytes; }
   __device__ int row_bytes() const { return row_bytes_; }

@@ -81,6 +81,20 @@ class Backend(ABC):
     ) -> tuple[list[torch.Tensor], torch.Tensor | None]:
         """Rows of every part, and of ``weights [T, K]`` the weights ``[N]`` or ``[N, K]``."""
 
+    def dispatch_quantised(
+        self,
+        x: torch.Tensor,
+        weights: torch.Tensor | None,
+        state: Sequence[torch.Tensor],
+        spec: RoutingSpec,
+        num_sms: int | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | None:
+        """`dispatch` of ``x [T, H]`` that kernels quantise on the way: FP8 rows, their scales, row weights.
+
+        None where no kernel would: then x is to be quantised before.
+        """
+        return None
+
     @abstractmethod
     def combine(
         self,

@@ -15,6 +15,7 @@ import torch
 
 from .. import sm_model
 from ..errors import InvalidInput, MoeEpError
+from ..fp8 import BLOCK
 from ..ids import check_ids
 from .base import Backend, Part, Routing, RoutingSpec
 from .windows import Members
@@ -233,44 +234,77 @@ class NvlinkBackend(Backend):
         rows = parts[0].rows
         if self._cpu is not None and not rows.is_cuda:
             return self._cpu.dispatch(parts, weights, state, spec)
-        self.check_health(bad_ids=False)
         self.check_rows("x", rows)
-        meta = state[Routing.ROWS]
-        num_rows = meta.shape[0]
-        out = [rows.new_empty((num_rows, rows.shape[1]))]
-        row_bytes = rows.shape[1] * rows.element_size()
-        scales = out_scales = out_weights = 0
-        scale_words, padding = 0, 0.0
+        num_rows = state[Routing.ROWS].shape[0]
+        out = [part.rows.new_empty((num_rows, part.rows.shape[1])) for part in parts]
+        scales, out_scales, padding = None, None, 0.0
         if len(parts) > 1:
-            scale_words, padding = parts[1].rows.shape[1], parts[1].padding
-            out.append(parts[1].rows.new_empty((num_rows, scale_words)))
-            scales, out_scales = parts[1].rows.data_ptr(), out[1].data_ptr()
-        row_weights = None
-        if weights is not None:
-            row_weights = weights.new_empty(meta.shape)
-            out_weights = row_weights.data_ptr()
-        num_blocks, send_blocks = self.num_sms(
-            "dispatch", spec.layout, rows.element_size(), rows.shape[0], num_sms
+            scales, out_scales, padding = parts[1].rows, out[1], parts[1].padding
+        blocks = self.num_sms("dispatch", spec.layout, rows.element_size(), rows.shape[0], num_sms)
+        row_weights = self._launch_dispatch(
+            rows, None, scales, padding, weights, out[0], out_scales, state, spec, blocks
         )
+        return out, row_weights
+
+    def dispatch_quantised(
+        self,
+        x: torch.Tensor,
+        weights: torch.Tensor | None,
+        state: Sequence[torch.Tensor],
+        spec: RoutingSpec,
+        num_sms: int | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | None:
+        if not x.is_cuda or x.dtype not in self._kernel_dtypes:
+            return None
+        blocks = self.num_sms("dispatch", spec.layout, 1, x.shape[0], num_sms, quantises=True)
+        if blocks[0] < sm_model.QUANTISING_SMS:
+            return None
+        self.check_rows("x", x)
+        num_rows = state[Routing.ROWS].shape[0]
+        data = x.new_empty((num_rows, x.shape[1]), dtype=torch.float8_e4m3fn)
+        scale_inv = x.new_empty((num_rows, -(-x.shape[1] // BLOCK)), dtype=torch.float32)
+        row_weights = self._launch_dispatch(
+            x, self._kernel_dtypes[x.dtype], None, 1.0, weights, data, scale_inv, state, spec, blocks
+        )
+        return data, scale_inv, row_weights
+
+    def _launch_dispatch(
+        self,
+        rows: torch.Tensor,
+        quantised_from: object | None,
+        scales: torch.Tensor | None,
+        padding: float,
+        weights: torch.Tensor | None,
+        out: torch.Tensor,
+        out_scales: torch.Tensor | None,
+        state: Sequence[torch.Tensor],
+        spec: RoutingSpec,
+        blocks: tuple[int, int],
+    ) -> torch.Tensor | None:
+        """The row weights."""
+        self.check_health(bad_ids=False)
+        meta = state[Routing.ROWS]
+        row_weights = None if weights is None else weights.new_empty(meta.shape)
         self._communicator.dispatch(
             rows=_aligned(rows).data_ptr(),
-            row_bytes=row_bytes,
-            scales=scales,
-            scale_words=scale_words,
+            row_bytes=out.shape[1] * out.element_size(),
+            quantised_from=quantised_from,
+            scales=0 if scales is None else scales.data_ptr(),
+            scale_words=0 if out_scales is None else out_scales.shape[1],
             scale_padding=padding,
             weights=_address(weights),
             tables=state[_TABLES].data_ptr(),
-            out_rows=out[0].data_ptr(),
-            out_scales=out_scales,
-            out_weights=out_weights,
-            num_rows=num_rows,
+            out_rows=out.data_ptr(),
+            out_scales=0 if out_scales is None else out_scales.data_ptr(),
+            out_weights=0 if row_weights is None else row_weights.data_ptr(),
+            num_rows=meta.shape[0],
             expert_layout=spec.layout == "expert",
             has_padding=spec.expert_alignment > 1 or spec.max_recv_rows is not None,
-            num_blocks=num_blocks,
-            send_blocks=send_blocks,
+            num_blocks=blocks[0],
+            send_blocks=blocks[1],
             stream=self.stream(),
         )
-        return out, row_weights
+        return row_weights
 
     def combine(
         self,
@@ -324,18 +358,26 @@ class NvlinkBackend(Backend):
         return self.members.all_gather(values)
 
     def num_sms(
-        self, op: str, layout: str, element_size: int, num_tokens: int, asked: int | None = None
+        self,
+        op: str,
+        layout: str,
+        element_size: int,
+        num_tokens: int,
+        asked: int | None = None,
+        quantises: bool = False,
     ) -> tuple[int, int]:
         """Blocks of the kernel of a call, and how many of them send."""
-        key = op, layout, element_size, num_tokens, asked
+        key = op, layout, element_size, num_tokens, asked, quantises
         chosen = self._num_sms.get(key)
         if chosen is None:
             if asked is not None and not 0 < asked <= self.available_sms:
                 raise InvalidInput(
                     f"num_sms is {asked}; a rank of this group can have 1 to {self.available_sms} multiprocessors"
                 )
-            num_sms = self._choose_num_sms(*key[:-1]) if asked is None else asked
-            chosen = self._num_sms[key] = sm_model.split(self.shape.work(*key[:-1], self.size), num_sms)
+            call = op, layout, element_size, num_tokens
+            num_sms = self._choose_num_sms(*call) if asked is None else asked
+            chosen = sm_model.split(self.shape.work(*call, self.size), num_sms, quantises)
+            self._num_sms[key] = chosen
         return chosen
 
     @property

@@ -145,13 +145,13 @@ class Sweep {
         check(cudaMemcpy(&rank.num_rows, rank.counts + 2 * rank.group.num_local, 8, cudaMemcpyDeviceToHost));
       }
       std::printf("%3d SMs, %-6s plan %.1f\n", num_sms, expert_layout ? "expert" : "rank", plan);
-      for (const char* op : {"fp8 dispatch", "bf16 dispatch", "bf16 combine"}) {
-        std::printf("   %-13s", op);
+      for (const char* op : {"fp8 dispatch", "quantise to fp8", "bf16 dispatch", "bf16 combine"}) {
+        std::printf("   %-15s", op);
         for (int senders : senders_to_try) {
           if (size == 1) senders = 0;
           const float us = time([&](Rank& rank) {
             if (std::strstr(op, "combine")) return launch_a_combine(rank, expert_layout, num_sms, senders);
-            launch_a_dispatch(rank, std::strstr(op, "fp8"), expert_layout, num_sms, senders);
+            launch_a_dispatch(rank, op, expert_layout, num_sms, senders);
           });
           std::printf("  %d: %.1f", senders, us);
           if (size == 1) break;
@@ -170,12 +170,13 @@ class Sweep {
                            rank.counts + 2 * num_local, rank.ids, 0, num_sms, rank.stream}));
   }
 
-  void launch_a_dispatch(Rank& rank, bool fp8, bool expert_layout, int num_sms, int senders) {
+  void launch_a_dispatch(Rank& rank, const char* op, bool expert_layout, int num_sms, int senders) {
+    const bool fp8 = std::strstr(op, "fp8"), quantises = std::strstr(op, "quantise");
     check(launch_dispatch(
         rank.group,
-        Dispatch{rank.x, fp8 ? kHidden : 2 * kHidden, fp8 ? rank.scales : nullptr, fp8 ? kScales : 0, 1.0f,
-                 nullptr, rank.tables, rank.out, fp8 ? rank.out_scales : nullptr, nullptr, rank.num_rows,
-                 expert_layout, expert_layout, num_sms, senders, rank.stream}));
+        Dispatch{rank.x, fp8 ? kHidden : 2 * kHidden, quantises, DType::bfloat16, fp8 ? rank.scales : nullptr,
+                 fp8 ? kScales : 0, 1.0f, nullptr, rank.tables, rank.out, fp8 ? rank.out_scales : nullptr,
+                 nullptr, rank.num_rows, expert_layout, expert_layout, num_sms, senders, rank.stream}));
   }
 
   void launch_a_combine(Rank& rank, bool expert_layout, int num_sms, int senders) {
