@@ -1,5 +1,6 @@
 """Virtual ranks on one GPU: the CUDA kernels bit for bit against the oracle, in both layouts and every direction."""
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 import moe_ep
 from gpu.kernel_cases import experts, kernel_cases, ring_of_waits, routing_cases
 from gpu.machine import needs_gpu
+from moe_ep import sm_model
 from moe_ep.testing import run_ranks
 
 pytestmark = needs_gpu
@@ -45,6 +47,22 @@ def test_standard_cases(case):
 
 @pytest.mark.parametrize("case", [*kernel_cases(2), *routing_cases(3), *kernel_cases(8)], ids=str)
 def test_kernel_cases(case):
+    check(case)
+
+
+def quantising(cases: Iterable[Case]) -> list[Case]:
+    return [
+        replace(case, dtype=dtype)
+        for case in cases
+        for dtype in {case.dtype, torch.float16, torch.float32}
+        if "blockwise" in (case.fp8, case.fp8_backward) and case.dtype != torch.float64
+    ]
+
+
+@pytest.mark.parametrize("case", quantising([*standard_cases((1, 2, 4)), *kernel_cases(2)]), ids=str)
+def test_quantising_on_the_way(case, monkeypatch):
+    """With few multiprocessors as well, where a kernel before the dispatch would do it."""
+    monkeypatch.setattr(sm_model, "QUANTISING_SMS", 1)
     check(case)
 
 
