@@ -401,7 +401,7 @@ struct Receive {
 
 template <typename T>
 __global__ void __launch_bounds__(32 * (kWarps + 1), 1)
-    combine_kernel(const __grid_constant__ Group group, const __grid_constant__ Launch launch) {
+    combine_impl(const __grid_constant__ Group group, const __grid_constant__ Launch launch) {
   extern __shared__ __align__(128) char memory[];
   __shared__ uint64_t barriers[kWarps][kStages];
   __shared__ uint64_t notices[kWarps];
@@ -442,8 +442,8 @@ Status launch_combine(const Group& group, const Combine& combine) {
   launch.belt.stages = kStages;
   return for_dtype(combine.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    return launch_blocks(combine_kernel<T>, group, launch, combine.num_blocks, 32 * (kWarps + 1),
-                         kSharedBytes, combine.stream, "launching the combine kernel");
+    return launch_blocks(combine_impl<T>, group, launch, combine.num_blocks, 32 * (kWarps + 1), kSharedBytes,
+                         combine.stream, "launching the combine kernel");
   });
 }
 

@@ -466,7 +466,7 @@ __device__ void clear_padding(const Context& context, const Crew& crew) {
 // Format: of this rank's own tokens.
 template <typename Format>
 __global__ void __launch_bounds__(32 * (kMaxWarps + 1), 1)
-    dispatch_kernel(const __grid_constant__ Group group, const __grid_constant__ Launch launch) {
+    dispatch_impl(const __grid_constant__ Group group, const __grid_constant__ Launch launch) {
   extern __shared__ __align__(128) char memory[];
   __shared__ uint64_t barriers[kMaxWarps][kMaxStages];
   __shared__ uint64_t notices[kMaxWarps];
@@ -521,9 +521,9 @@ Status launch_dispatch(const Group& group, const Dispatch& dispatch) {
     return launch_blocks(kernel, group, launch, dispatch.num_blocks, 32 * (warps + 1), kSharedBytes,
                          dispatch.stream, "launching the dispatch kernel");
   };
-  if (!dispatch.quantises) return launch_as(&dispatch_kernel<Copying>);
+  if (!dispatch.quantises) return launch_as(&dispatch_impl<Copying>);
   return for_dtype(dispatch.dtype, [&](auto* type) {
-    return launch_as(&dispatch_kernel<Quantising<std::remove_pointer_t<decltype(type)>>>);
+    return launch_as(&dispatch_impl<Quantising<std::remove_pointer_t<decltype(type)>>>);
   });
 }
 

@@ -35,8 +35,13 @@ int64_t workspace_bytes(int size, int max_tokens, int num_experts) {
 }
 
 Status allow_shared_memory(const void* kernel, int bytes) {
-  return Status::from_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
-                           "asking for shared memory");
+  const char* const doing = "asking for shared memory";
+  const Status status = Status::from_cuda(
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), doing);
+  if (!status.is_ok()) return status;
+  return Status::from_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                                cudaSharedmemCarveoutMaxShared),
+                           doing);
 }
 
 Status ring_too_small(const Group& group, int64_t slot_bytes) {

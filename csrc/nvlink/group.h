@@ -72,7 +72,8 @@ struct Group {
   int max_tokens;
   int num_topk;
   int num_experts;
-  int num_local;  // experts of each rank
+  int num_local;       // experts of each rank
+  bool shares_device;  // with other ranks
   int64_t ring_bytes;
   uint64_t timeout_ns;
   WindowLayout at;
@@ -99,7 +100,9 @@ inline int ring_rows(const Group& group, int64_t slot_bytes) {
   return static_cast<int>(fit < wanted ? fit : wanted);
 }
 
-// Lets a kernel have more dynamic shared memory than the 48 KiB that all may have; for each device once.
+// Lets a kernel have more dynamic shared memory than the 48 KiB that all may have, on the current device; and
+// has it divide a multiprocessor's memory as all kernels of a group do: ranks on one GPU wait for each other,
+// and a multiprocessor that is busy with one can't divide its memory anew for another.
 Status allow_shared_memory(const void* kernel, int bytes);
 
 Status ring_too_small(const Group& group, int64_t slot_bytes);

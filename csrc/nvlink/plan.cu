@@ -1,18 +1,12 @@
 #include "nvlink/plan.h"
 
-#include <algorithm>
-
 #include "nvlink/plan_tables.h"
 #include "nvlink/sync.cuh"
 
 namespace moe_ep::nvlink {
 namespace {
 
-// A block numbers a block of tokens after another; where multiprocessors are few, each runs several smaller
-// blocks.
-constexpr int kThreads = 512;
-constexpr int kFewerThreads = 256;
-constexpr int kBlocksTogether = 4;
+constexpr int kThreads = 1024;
 constexpr int kWords = kTokensPerBlock / 32;  // of a bit mask over a block of tokens
 
 // One bit for each token of a block.
@@ -137,8 +131,8 @@ __device__ bool send_routing(const Group& group, const Plan& plan, uint64_t numb
   const int64_t count = static_cast<int64_t>(plan.num_tokens) * group.num_topk;
   const int64_t pieces = (count + kIds - 1) / kIds;
   bool bad = false;
-  for (int64_t piece = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; piece < pieces;
-       piece += static_cast<int64_t>(gridDim.x) * blockDim.x) {
+  for (int64_t piece = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; piece < pieces;
+       piece += static_cast<int64_t>(gridDim.x) * kThreads) {
     union {
       int16_t ids[kIds];
       uint4 word;
@@ -168,11 +162,11 @@ __device__ void read_block(const Group& group, const Shared& shared, int source,
   const int num_tokens = __ldcg(&header_of(group, group.rank, source)->num_tokens);
   const int entries = max(0, min(kTokensPerBlock, num_tokens - first)) * group.num_topk;
   __syncthreads();
-  for (int i = threadIdx.x; i < columns * kWords; i += blockDim.x)
+  for (int i = threadIdx.x; i < columns * kWords; i += kThreads)
     shared.masks[i / kWords].words[i % kWords] = 0;
   __syncthreads();
   const int16_t* ids = routing_of(group, source) + static_cast<int64_t>(first) * group.num_topk;
-  for (int i = threadIdx.x; i < kTokensPerBlock * group.num_topk; i += blockDim.x) {
+  for (int i = threadIdx.x; i < kTokensPerBlock * group.num_topk; i += kThreads) {
     const int id = i < entries ? __ldcg(ids + i) : -1;
     shared.ids[i] = static_cast<int16_t>(id);
     if (id < 0) continue;
@@ -213,14 +207,14 @@ __device__ void add_counts(const Group& group, const Plan& plan, const Shared& s
                            int first_row) {
   const int columns = count_columns(group.size, group.num_local), per_rank = token_blocks(group.max_tokens);
   const int arrivals = group.num_local;
-  for (int i = threadIdx.x; i < columns; i += blockDim.x) shared.before[i] = shared.total[i] = 0;
-  for (int i = threadIdx.x; i <= group.size; i += blockDim.x) shared.sources[i] = 0;
+  for (int i = threadIdx.x; i < columns; i += kThreads) shared.before[i] = shared.total[i] = 0;
+  for (int i = threadIdx.x; i <= group.size; i += kThreads) shared.sources[i] = 0;
   __syncthreads();
   const int stride = (columns + 31) / 32 * 32;
-  const int parts = max(1, static_cast<int>(blockDim.x) / stride);
+  const int parts = max(1, kThreads / stride);
   const int part = threadIdx.x / stride;
   const int rows = group.size * per_rank;
-  for (int column = threadIdx.x % stride; column < columns && part < parts; column += blockDim.x) {
+  for (int column = threadIdx.x % stride; column < columns && part < parts; column += kThreads) {
     int total = 0, before = 0;
 #pragma unroll 8
     for (int row = part; row < rows; row += parts) {
@@ -248,7 +242,7 @@ __device__ void add_counts(const Group& group, const Plan& plan, const Shared& s
 __device__ void number_rows(const Group& group, const Plan& plan, const PlanTables& tables,
                             const Shared& shared, int source, int first) {
   const int arrivals = group.num_local, num_topk = group.num_topk;
-  for (int i = threadIdx.x; i < kTokensPerBlock * num_topk; i += blockDim.x) {
+  for (int i = threadIdx.x; i < kTokensPerBlock * num_topk; i += kThreads) {
     const int in_block = i / num_topk, k = i % num_topk;
     const int16_t* ids = shared.ids + in_block * num_topk;
     const int id = ids[k];
@@ -295,14 +289,14 @@ __device__ void number_rows(const Group& group, const Plan& plan, const PlanTabl
 
 __device__ void write_sums(const Group& group, const Plan& plan, const PlanTables& tables,
                            const Shared& shared) {
-  for (int i = threadIdx.x; i < group.num_local; i += blockDim.x) {
+  for (int i = threadIdx.x; i < group.num_local; i += kThreads) {
     tables.expert_count[i] = shared.total[i];
     plan.tokens_per_expert[i] = shared.total[i];
     plan.padded_tokens_per_expert[i] =
         plan.expert_layout ? shared.begin[i + 1] - shared.begin[i] : shared.total[i];
   }
-  for (int i = threadIdx.x; i <= group.num_local; i += blockDim.x) tables.expert_begin[i] = shared.begin[i];
-  for (int i = threadIdx.x; i <= group.size; i += blockDim.x) {
+  for (int i = threadIdx.x; i <= group.num_local; i += kThreads) tables.expert_begin[i] = shared.begin[i];
+  for (int i = threadIdx.x; i <= group.size; i += kThreads) {
     tables.recv_start[i] = shared.sources[i];
     if (i == group.size) break;
     tables.recv_count[i] = shared.sources[i + 1] - shared.sources[i];
@@ -321,7 +315,7 @@ __device__ void finish(const Group& group, const Plan& plan, const Shared& share
     store_release(signal(group, threadIdx.x, group.at.routing_drained, group.rank), number + 1);
   }
   if (plan.ticket) {
-    for (int i = threadIdx.x; i < group.num_local; i += blockDim.x)
+    for (int i = threadIdx.x; i < group.num_local; i += kThreads)
       host->tokens_per_expert[i] = shared.total[i];
     if (threadIdx.x < sizeof(host->bad_ranks) / 8) {
       unsigned long long bad = 0;
@@ -344,7 +338,7 @@ __device__ void finish(const Group& group, const Plan& plan, const Shared& share
   }
 }
 
-__global__ void __launch_bounds__(kThreads, kBlocksTogether* kFewerThreads / kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     plan_kernel(const __grid_constant__ Group group, const __grid_constant__ Plan plan) {
   extern __shared__ __align__(16) char memory[];
   const Shared shared(memory, group.size, group.num_local);
@@ -369,12 +363,12 @@ __global__ void __launch_bounds__(kThreads, kBlocksTogether* kFewerThreads / kTh
   int* counts = reinterpret_cast<int*>(reinterpret_cast<char*>(workspace) + align16(sizeof(Workspace)));
   for (int row = first_row; row < end_row; ++row) {
     read_block(group, shared, row / per_rank, row % per_rank * kTokensPerBlock);
-    for (int i = threadIdx.x; i < columns; i += blockDim.x) {
+    for (int i = threadIdx.x; i < columns; i += kThreads) {
       counts[static_cast<int64_t>(row) * columns + i] = shared.masks[i].count();
     }
   }
 
-  // All blocks are resident: there are no more of them than fit on the multiprocessors.
+  // All blocks are resident: there are no more of them than multiprocessors.
   __syncthreads();
   bool counted = true;
   if (threadIdx.x == 0) {
@@ -403,14 +397,14 @@ __global__ void __launch_bounds__(kThreads, kBlocksTogether* kFewerThreads / kTh
     __syncthreads();
     // Arrivals are counted for each source alone.
     const bool next_source = (row + 1) % per_rank == 0;
-    for (int i = threadIdx.x; i < columns; i += blockDim.x) {
+    for (int i = threadIdx.x; i < columns; i += kThreads) {
       shared.before[i] = i == group.num_local && next_source ? 0 : shared.before[i] + shared.masks[i].count();
     }
   }
   if (!plan.expert_layout && plan.fixed_rows) {
     const int64_t end = plan.max_rows * group.num_topk;
-    for (int64_t i = static_cast<int64_t>(needed) * group.num_topk + blockIdx.x * blockDim.x + threadIdx.x;
-         i < end; i += static_cast<int64_t>(gridDim.x) * blockDim.x) {
+    for (int64_t i = static_cast<int64_t>(needed) * group.num_topk + blockIdx.x * kThreads + threadIdx.x;
+         i < end; i += static_cast<int64_t>(gridDim.x) * kThreads) {
       plan.ids[i] = -1;
     }
   }
@@ -424,10 +418,7 @@ Status launch_plan(const Group& group, const Plan& plan) {
   const Status status =
       allow_shared_memory(reinterpret_cast<const void*>(&plan_kernel), static_cast<int>(shared_bytes));
   if (!status.is_ok()) return status;
-  const int rows = group.size * token_blocks(group.max_tokens);
-  const bool few = plan.num_sms < rows;
-  const int blocks = few ? std::min(rows, kBlocksTogether * plan.num_sms) : plan.num_sms;
-  plan_kernel<<<blocks, few ? kFewerThreads : kThreads, shared_bytes, plan.stream>>>(group, plan);
+  plan_kernel<<<plan.num_sms, kThreads, shared_bytes, plan.stream>>>(group, plan);
   return Status::from_cuda(cudaGetLastError(), "launching the plan kernel");
 }
 

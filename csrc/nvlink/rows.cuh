@@ -393,7 +393,7 @@ Status launch_blocks(void (*kernel)(Group, Launch), const Group& group, const La
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
   config.attrs = &pairs;
-  config.numAttrs = blocks % 2 == 0 ? 1 : 0;
+  config.numAttrs = blocks % 2 == 0 && !group.shares_device ? 1 : 0;
   return Status::from_cuda(cudaLaunchKernelEx(&config, kernel, group, launch), doing);
 }
 

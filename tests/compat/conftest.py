@@ -1,4 +1,4 @@
-"""As in tests/gpu: what kernels of virtual ranks need has to be set before any test module asks for a GPU."""
+"""As in tests/gpu."""
 
 from gpu.conftest import working_cuda
 
