@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+
 @pytest.fixture(autouse=True)
 def working_cuda(request):
     """After an error such as an illegal address every later call in this process fails: say whose it was and stop."""
