@@ -27,7 +27,7 @@ OVERLAPPED_SMS = 24
 MOST_SENDERS = 24
 WARPS = 11
 """Of a combine kernel, on each multiprocessor: a warp that sends keeps to one peer where rings are short."""
-QUANTISING_SMS = 48
+QUANTISING_SMS = 120
 """From so many on a dispatch quantises by itself; with fewer, a kernel before it on all multiprocessors takes less."""
 _STEP = 4
 
@@ -92,7 +92,7 @@ def split(work: Work, num_sms: int, quantises: bool = False) -> tuple[int, int]:
         return num_sms, 0
     num_sms, most_senders = max(2, num_sms), MOST_SENDERS
     if quantises:  # which takes a warp longer than the link takes for the row
-        senders, most_senders = 0.3 * num_sms, num_sms
+        senders, most_senders = num_sms / 3, num_sms
     elif work.op == "combine" and work.layout == "expert":
         senders = 0.6 * num_sms
     else:

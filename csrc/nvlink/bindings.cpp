@@ -43,8 +43,8 @@ class Communicator {
 };
 
 Communicator make(int device, int rank, int size, int max_tokens, int num_topk, int num_experts,
-                  bool shares_device, int64_t ring_bytes, double timeout_s,
-                  const std::vector<Address>& windows, Address workspace, Address host) {
+                  int64_t ring_bytes, double timeout_s, const std::vector<Address>& windows,
+                  Address workspace, Address host) {
   Group group{};
   group.rank = rank;
   group.size = size;
@@ -52,7 +52,6 @@ Communicator make(int device, int rank, int size, int max_tokens, int num_topk, 
   group.num_topk = num_topk;
   group.num_experts = num_experts;
   group.num_local = num_experts / size;
-  group.shares_device = shares_device;
   group.ring_bytes = ring_bytes;
   group.timeout_ns = static_cast<uint64_t>(timeout_s * 1e9);
   group.at = window_layout(size, max_tokens, num_topk, ring_bytes);
@@ -113,8 +112,8 @@ void bind(py::module_& module) {
       "Launches on its device and the given stream. Addresses and sizes are those of tensors; the "
       "structs of csrc/nvlink say what they hold.")
       .def(py::init(&make), py::arg("device"), py::arg("rank"), py::arg("size"), py::arg("max_tokens"),
-           py::arg("num_topk"), py::arg("num_experts"), py::arg("shares_device"), py::arg("ring_bytes"),
-           py::arg("timeout_s"), py::arg("windows"), py::arg("workspace"), py::arg("host"))
+           py::arg("num_topk"), py::arg("num_experts"), py::arg("ring_bytes"), py::arg("timeout_s"),
+           py::arg("windows"), py::arg("workspace"), py::arg("host"))
       .def("table_words", [](const Communicator& self,
                              int num_tokens) { return PlanTables::words(self.group(), num_tokens); })
       .def_property_readonly("failed",

@@ -442,8 +442,10 @@ Status launch_combine(const Group& group, const Combine& combine) {
   launch.belt.stages = kStages;
   return for_dtype(combine.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    return launch_blocks(combine_impl<T>, group, launch, combine.num_blocks, 32 * (kWarps + 1), kSharedBytes,
-                         combine.stream, "launching the combine kernel");
+    const Status status = allow_shared_memory(reinterpret_cast<const void*>(&combine_impl<T>), kSharedBytes);
+    if (!status.is_ok()) return status;
+    combine_impl<T><<<combine.num_blocks, 32 * (kWarps + 1), kSharedBytes, combine.stream>>>(group, launch);
+    return Status::from_cuda(cudaGetLastError(), "launching the combine kernel");
   });
 }
 

@@ -518,8 +518,10 @@ Status launch_dispatch(const Group& group, const Dispatch& dispatch) {
   const int warps = dispatch.num_blocks > 32 ? 7 : segments > 1 ? 10 : kMaxWarps;
   launch.belt.stages = std::min(kMaxStages, kSharedBytes / warps / launch.belt.segment_bytes);
   const auto launch_as = [&](auto* kernel) {
-    return launch_blocks(kernel, group, launch, dispatch.num_blocks, 32 * (warps + 1), kSharedBytes,
-                         dispatch.stream, "launching the dispatch kernel");
+    const Status status = allow_shared_memory(reinterpret_cast<const void*>(kernel), kSharedBytes);
+    if (!status.is_ok()) return status;
+    kernel<<<dispatch.num_blocks, 32 * (warps + 1), kSharedBytes, dispatch.stream>>>(group, launch);
+    return Status::from_cuda(cudaGetLastError(), "launching the dispatch kernel");
   };
   if (!dispatch.quantises) return launch_as(&dispatch_impl<Copying>);
   return for_dtype(dispatch.dtype, [&](auto* type) {

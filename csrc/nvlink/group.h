@@ -72,8 +72,7 @@ struct Group {
   int max_tokens;
   int num_topk;
   int num_experts;
-  int num_local;       // experts of each rank
-  bool shares_device;  // with other ranks
+  int num_local;  // experts of each rank
   int64_t ring_bytes;
   uint64_t timeout_ns;
   WindowLayout at;

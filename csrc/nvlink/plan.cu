@@ -6,7 +6,7 @@
 namespace moe_ep::nvlink {
 namespace {
 
-constexpr int kThreads = 1024;
+constexpr int kThreads = 512;
 constexpr int kWords = kTokensPerBlock / 32;  // of a bit mask over a block of tokens
 
 // One bit for each token of a block.

@@ -3,7 +3,6 @@
 #include <climits>
 #include <cstdint>
 
-#include "common/status.h"
 #include "nvlink/bulk.cuh"
 #include "nvlink/sync.cuh"
 
@@ -136,14 +135,7 @@ __device__ __forceinline__ void warp_consume(const Group& group, const Slots& sl
 // At the end of a kernel, by all threads: the next call may begin, here and on all ranks. What blocks have
 // read they have used, so there is nothing to wait for; what they wrote is seen when the kernel has ended.
 __device__ __forceinline__ void finish_call(const Group& group, Call call) {
-  __shared__ bool last;
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    last = atomicAdd(&group.workspace->blocks_done, 1u) == gridDim.x - 1;
-    if (last) group.workspace->blocks_done = 0;
-  }
-  __syncthreads();
-  if (!last || has_failed(group)) return;
+  if (!is_last_block<false>(&group.workspace->blocks_done) || has_failed(group)) return;
   if (threadIdx.x < group.size) {
     group.workspace->consumed[threadIdx.x] = 0;
     if (threadIdx.x != group.rank) {
@@ -374,28 +366,6 @@ class Mailbox {
   uint64_t* notices_;
   int warps_;
 };
-
-// Launches blocks that fill a multiprocessor each, an even number of them in clusters of two: these share a
-// pair of multiprocessors (TPC). Blocks apart would take one out of many pairs, and matrix products beside
-// them whose blocks come as clusters of two could use neither.
-template <typename Launch>
-Status launch_blocks(void (*kernel)(Group, Launch), const Group& group, const Launch& launch, int blocks,
-                     int threads, int shared_bytes, cudaStream_t stream, const char* doing) {
-  const Status status = allow_shared_memory(reinterpret_cast<const void*>(kernel), shared_bytes);
-  if (!status.is_ok()) return status;
-  cudaLaunchAttribute pairs{};
-  pairs.id = cudaLaunchAttributeClusterDimension;
-  pairs.val.clusterDim.x = 2;
-  pairs.val.clusterDim.y = pairs.val.clusterDim.z = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(blocks);
-  config.blockDim = dim3(threads);
-  config.dynamicSmemBytes = shared_bytes;
-  config.stream = stream;
-  config.attrs = &pairs;
-  config.numAttrs = blocks % 2 == 0 && !group.shares_device ? 1 : 0;
-  return Status::from_cuda(cudaLaunchKernelEx(&config, kernel, group, launch), doing);
-}
 
 // Runs the items of a job, loading each while the one before is processed. Of a job,
 // - `fetch(item, wait)` gives the next item in order; without `wait`, not_yet if it would have to wait;

@@ -97,18 +97,18 @@ __device__ __forceinline__ bool wait_for(const uint64_t* signal, uint64_t value,
   return load_acquire(signal) >= value || wait_slowly(signal, value, group, phase, peer);
 }
 
-// True for all threads of the one block that comes here last, which sees everything that the others did
-// before; with `System`, so do those that it signals on other devices.
-template <bool System>
+// True for all threads of the one block that comes here last. With `Publishes`, it sees everything that the
+// others did before, and so do those that it signals on other devices.
+template <bool Publishes>
 __device__ __forceinline__ bool is_last_block(unsigned int* counter) {
   __shared__ bool last;
   __syncthreads();
   if (threadIdx.x == 0) {
-    System ? __threadfence_system() : __threadfence();
+    if (Publishes) __threadfence_system();
     last = atomicAdd(counter, 1u) == gridDim.x - 1;
     if (last) {
       *counter = 0;
-      System ? __threadfence_system() : __threadfence();
+      if (Publishes) __threadfence_system();
     }
   }
   __syncthreads();

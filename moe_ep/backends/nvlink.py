@@ -143,7 +143,6 @@ class NvlinkBackend(Backend):
             max_tokens=shape.max_tokens_per_rank,
             num_topk=shape.num_topk,
             num_experts=shape.num_experts,
-            shares_device=name == "virtual",
             ring_bytes=shape.ring_bytes(kernels),
             timeout_s=timeout_s,
             windows=windows,

@@ -5,23 +5,16 @@ import time
 import pytest
 import torch
 from exercise import assert_same_bits, settle
-from gpu.machine import group_of, groups_of_processes, needs_gpu
+from gpu.machine import groups_of_processes, needs_gpu
 from processes import run_cuda
 from test_elastic_handle import assert_gathered, gather_in_sessions
 
 from moe_ep.compat.deep_ep.elastic import ElasticBuffer
-from moe_ep.testing import run_ranks
 
 pytestmark = needs_gpu
 
 _SIZE = 1 << 20
 _SESSIONS = 30
-
-
-def on_virtual_ranks(world_size: int, fn) -> list:
-    """``fn(group)`` on each."""
-    shape = {"hidden": 16, "max_tokens_per_rank": 1, "num_experts": world_size, "num_topk": 1}
-    return run_ranks(world_size, lambda comm: fn(group_of(comm)), device="cuda", timeout_s=20, **shape)
 
 
 def make_buffer(group) -> ElasticBuffer:
@@ -58,16 +51,6 @@ def gather_many_times(group) -> bool:
     buffer.destroy()
     assert wrong.item() == 0, f"rank {rank}: {wrong.item()} numbers of {_SESSIONS} sessions are wrong"
     return True
-
-
-@pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_sessions_on_virtual_ranks(world_size):
-    assert_gathered(on_virtual_ranks(world_size, lambda group: gather_in_sessions(group, "cuda")))
-
-
-@pytest.mark.parametrize("world_size", [2, 4])
-def test_many_sessions_on_virtual_ranks(world_size):
-    assert on_virtual_ranks(world_size, gather_many_times) == [True] * world_size
 
 
 def gather_on_process() -> tuple:

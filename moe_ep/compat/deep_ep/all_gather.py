@@ -45,7 +45,6 @@ class AllGatherSessions:
         self._most_tensors = MOST_TENSORS
         self._buffer: torch.Tensor | None = None
         self._engines: CopyEngines | None = None
-        self._num_engines = 0
         self._used: int | None = None  # bytes of the open session
         self._in_place: dict[int, torch.Tensor] = {}  # address of this rank's part -> all ranks' parts
         self._num_tensors = 0
@@ -71,7 +70,7 @@ class AllGatherSessions:
         if self._engines is not None:
             self._engines.begin()
         elif not isinstance(self._ranks.group, dist.ProcessGroup):
-            raise NotImplementedError("all-gather sessions need a torch.distributed group, or GPUs")
+            raise NotImplementedError("all-gather sessions need a torch.distributed group")
         self._used = 0
         self._num_tensors = 0
         self._in_place.clear()
@@ -166,12 +165,11 @@ class AllGatherSessions:
     def _make_room(self, num_bytes: int) -> None:
         self._buffer = None
         nvlink = self._ranks.nvlink()
-        if nvlink is None:
+        if nvlink is None or not isinstance(self._ranks.group, dist.ProcessGroup):
             return
         if self._engines is not None:
             self._engines.synchronize()
-        self._num_engines += 1
-        self._engines = CopyEngines(nvlink, num_bytes, self._num_engines)
+        self._engines = CopyEngines(nvlink, num_bytes)
         self._buffer = self._engines.memory
 
     def _open_bytes(self) -> int:

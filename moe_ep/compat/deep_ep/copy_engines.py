@@ -1,4 +1,4 @@
-"""All-gathers by copy engines, between GPUs that reach each other's memory.
+"""All-gathers by copy engines, between processes whose GPUs reach each other's memory.
 
 Every rank copies its part into the memory of all others, where it lies as it does here. That it has arrived is a value
 that the copying stream writes behind it and the receiving stream waits for, so no multiprocessor does anything.
@@ -13,7 +13,6 @@ import torch
 from ... import _extension
 from ...backends import windows
 from ...backends.nvlink import NvlinkBackend
-from ...backends.virtual import VirtualBackend
 from ...errors import InvalidInput
 from .elastic_sizes import align
 
@@ -29,7 +28,7 @@ class CopyEngines:
     NOTE: a stream's wait has no time limit: a rank that died leaves the others' streams waiting.
     """
 
-    def __init__(self, nvlink: NvlinkBackend, num_bytes: int, generation: int) -> None:
+    def __init__(self, nvlink: NvlinkBackend, num_bytes: int) -> None:
         self.rank, self.size, self.device = nvlink.rank, nvlink.size, nvlink.device
         self._do = _extension.load().low_latency
         members = nvlink.members
@@ -37,18 +36,11 @@ class CopyEngines:
         self._arrived = align(num_bytes, _WORD_BYTES)
         self._ended = self._arrived + self.size * _WORD_BYTES
         window_bytes = align(self._ended + self.size * _WORD_BYTES, _WINDOW_ALIGNMENT)
-        if isinstance(members, VirtualBackend):
-            key = "all-gather", members.channel, generation
-            memory, windows_of = windows.shared(
-                members.group, key, window_bytes, self.device, _WINDOW_FORMULA
-            )
-            own = memory[self.rank]
-        else:
-            group = members.group() if self.size > 1 else None
-            memory, windows_of = windows.symmetric(members, group, window_bytes, self.device, _WINDOW_FORMULA)
-            own = memory
-        self._window, self._windows_of = memory, windows_of
-        self.memory = own[:num_bytes]
+        group = members.group() if self.size > 1 else None
+        self._window, self._windows_of = windows.symmetric(
+            members, group, window_bytes, self.device, _WINDOW_FORMULA
+        )
+        self.memory = self._window[:num_bytes]
         self._stream = torch.cuda.Stream(self.device, priority=-1)
         self._others = [(self.rank + i) % self.size for i in range(1, self.size)]
         self._num_gathers = self._num_sessions = 0
@@ -96,8 +88,9 @@ class CopyEngines:
         return wait
 
     def synchronize(self) -> None:
-        """Until this rank's GPU is done with the memory."""
-        torch.cuda.synchronize(self.device)
+        """Until the current stream and what was copied here are done."""
+        torch.cuda.current_stream(self.device).synchronize()
+        self._stream.synchronize()
 
     def _tell(self, peer: int, words: int, value: int, stream: torch.cuda.Stream) -> None:
         at = self._windows_of[peer] + words + self.rank * _WORD_BYTES
