@@ -1,5 +1,6 @@
 #pragma once
 
+#include <cuda_runtime_api.h>
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
@@ -38,5 +39,29 @@ void run(Launch&& launch) {
   }
   raise_unless_ok(status);
 }
+
+// What kernels of one kind have in common, on its device. Launches leave the thread's current device as it
+// was.
+template <typename Group>
+class OnDevice {
+ public:
+  OnDevice(int device, const Group& group) : device_(device), group_(group) {}
+
+  const Group& group() const { return group_; }
+
+  template <typename Launch>
+  void launch(Launch&& operation) const {
+    int current = device_;
+    cudaGetDevice(&current);
+    if (current != device_) cudaSetDevice(device_);
+    const Status status = operation(group_);
+    if (current != device_) cudaSetDevice(current);
+    raise_unless_ok(status);
+  }
+
+ private:
+  int device_;
+  Group group_;
+};
 
 }  // namespace moe_ep

@@ -17,27 +17,7 @@ namespace py = pybind11;
 namespace moe_ep::low_latency {
 namespace {
 
-// Calls of one shape on their device.
-class Calls {
- public:
-  Calls(int device, const Group& group) : device_(device), group_(group) {}
-
-  const Group& group() const { return group_; }
-
-  template <typename Launch>
-  void launch(Launch&& operation) const {
-    int current = device_;
-    cudaGetDevice(&current);
-    if (current != device_) cudaSetDevice(device_);
-    const Status status = operation(group_);
-    if (current != device_) cudaSetDevice(current);
-    raise_unless_ok(status);
-  }
-
- private:
-  int device_;
-  Group group_;
-};
+using Calls = OnDevice<Group>;  // of one shape
 
 Calls make(int device, int rank, int size, int hidden, int max_tokens, int num_experts, int num_blocks,
            double timeout_s, const std::vector<Address>& windows, Address masked, Address failed,

@@ -1,5 +1,4 @@
 // moe_ep._C.nvlink
-#include <cuda_runtime_api.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -20,27 +19,7 @@ namespace py = pybind11;
 namespace moe_ep::nvlink {
 namespace {
 
-// A group on its device. Launches leave the thread's current device as it was.
-class Communicator {
- public:
-  Communicator(int device, const Group& group) : device_(device), group_(group) {}
-
-  const Group& group() const { return group_; }
-
-  template <typename Launch>
-  void launch(Launch&& operation) const {
-    int current = device_;
-    cudaGetDevice(&current);
-    if (current != device_) cudaSetDevice(device_);
-    const Status status = operation(group_);
-    if (current != device_) cudaSetDevice(current);
-    raise_unless_ok(status);
-  }
-
- private:
-  int device_;
-  Group group_;
-};
+using Communicator = OnDevice<Group>;
 
 Communicator make(int device, int rank, int size, int max_tokens, int num_topk, int num_experts,
                   int64_t ring_bytes, double timeout_s, const std::vector<Address>& windows,

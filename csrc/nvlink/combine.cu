@@ -3,8 +3,11 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "nvlink/belt.cuh"
+#include "nvlink/mailbox.cuh"
 #include "nvlink/plan_tables.h"
-#include "nvlink/rows.cuh"
+#include "nvlink/rings.cuh"
+#include "nvlink/work.cuh"
 
 namespace moe_ep::nvlink {
 namespace {

@@ -21,6 +21,7 @@
 #include "nvlink/dispatch.h"
 #include "nvlink/plan.h"
 #include "nvlink/plan_tables.h"
+#include "sweep.h"
 
 using namespace moe_ep;
 using namespace moe_ep::nvlink;
@@ -28,26 +29,6 @@ using namespace moe_ep::nvlink;
 constexpr int kTokens = 4096, kHidden = 7168, kExperts = 256, kTopk = 8, kScales = kHidden / 128;
 constexpr int kAlignment = 16, kRepeats = 12, kWarmup = 2;
 constexpr size_t kCacheBytes = 128 << 20;
-
-void check(cudaError_t error) {
-  if (error == cudaSuccess) return;
-  std::fprintf(stderr, "%s\n", cudaGetErrorString(error));
-  std::exit(1);
-}
-
-void check(const Status& status) {
-  if (status.is_ok()) return;
-  std::fprintf(stderr, "%s\n", status.message().c_str());
-  std::exit(1);
-}
-
-template <typename T>
-T* allocate(size_t count) {
-  void* memory;
-  check(cudaMalloc(&memory, count * sizeof(T)));
-  check(cudaMemset(memory, 0, count * sizeof(T)));
-  return static_cast<T*>(memory);
-}
 
 // Ends on all GPUs at nearly the same time, and late enough for the host to be ahead.
 __global__ void meet(volatile int* mine, volatile int* theirs, int round) {

@@ -23,6 +23,7 @@
 
 #include "low_latency/combine.h"
 #include "low_latency/dispatch.h"
+#include "sweep.h"
 
 using namespace moe_ep;
 using namespace moe_ep::low_latency;
@@ -30,27 +31,6 @@ using namespace moe_ep::low_latency;
 constexpr int kHidden = 7168, kExperts = 288, kTopk = 8, kScales = kHidden / 128;
 constexpr int kCalls = 20, kRounds = 12;
 constexpr size_t kCacheBytes = 128 << 20;
-
-void check(cudaError_t error) {
-  if (error == cudaSuccess) return;
-  std::fprintf(stderr, "%s\n", cudaGetErrorString(error));
-  std::exit(1);
-}
-
-void check(const Status& status) {
-  if (status.is_ok()) return;
-  std::fprintf(stderr, "%s\n", status.message().c_str());
-  std::exit(1);
-}
-
-// Filled with a byte that shows where nothing was written.
-template <typename T>
-T* allocate(size_t count, int byte = 0) {
-  void* memory;
-  check(cudaMalloc(&memory, count * sizeof(T)));
-  check(cudaMemset(memory, byte, count * sizeof(T)));
-  return static_cast<T*>(memory);
-}
 
 template <typename T>
 std::vector<T> fetch(const T* from, size_t count) {

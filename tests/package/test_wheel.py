@@ -91,7 +91,7 @@ def test_source_distribution_is_all_that_a_build_and_the_tests_need(tree, tmp_pa
     for source in map(ROOT.joinpath, SOURCES):
         for path in files_of(source) if source.is_dir() else [source]:
             assert path.relative_to(ROOT).as_posix() in names
-    assert {"csrc/nvlink/group.h", "csrc/nvlink/rows.cuh", "csrc/nvlink/plan.cu"} <= names
+    assert {"csrc/nvlink/group.h", "csrc/nvlink/rings.cuh", "csrc/nvlink/plan.cu"} <= names
 
 
 def files_of(folder: Path) -> list[Path]:
