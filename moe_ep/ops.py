@@ -50,22 +50,6 @@ def dispatch(
     return find(communicator_id)._impl.dispatch(parts, weights, state, spec, num_sms)
 
 
-def dispatch_quantised(
-    x: torch.Tensor,
-    weights: torch.Tensor | None,
-    communicator_id: int,
-    spec: RoutingSpec,
-    state: Sequence[torch.Tensor],
-    num_sms: int | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """`dispatch` of ``x [T, H]`` as FP8: rows, their scales, row weights."""
-    if not torch.compiler.is_compiling():
-        moved = find(communicator_id)._impl.dispatch_quantised(x, weights, state, spec, num_sms)
-        if moved is not None:
-            return moved
-    return dispatch_fp8(*quantize_rows(x), weights, communicator_id, spec, state, num_sms)
-
-
 def dispatch_fp8(
     data: torch.Tensor,
     scale_inv: torch.Tensor,
@@ -76,9 +60,25 @@ def dispatch_fp8(
     num_sms: int | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """`dispatch` of quantised tokens: rows, their scales, row weights."""
+    if not torch.compiler.is_compiling():
+        return find(communicator_id)._impl.dispatch_fp8(data, scale_inv, weights, state, spec, num_sms)
     parts = [Part(data.view(torch.uint8)), Part(scale_inv, padding=1.0)]
     (data, scale_inv), row_weights = dispatch(parts, weights, communicator_id, spec, state, num_sms)
     return data.view(torch.float8_e4m3fn), scale_inv, row_weights
+
+
+def dispatch_quantised(
+    x: torch.Tensor,
+    weights: torch.Tensor | None,
+    communicator_id: int,
+    spec: RoutingSpec,
+    state: Sequence[torch.Tensor],
+    num_sms: int | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """The same of ``x [T, H]``, before it is sent or on the way."""
+    if not torch.compiler.is_compiling():
+        return find(communicator_id)._impl.dispatch_quantised(x, weights, state, spec, num_sms)
+    return dispatch_fp8(*quantize_rows(x), weights, communicator_id, spec, state, num_sms)
 
 
 def combine(

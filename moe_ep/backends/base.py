@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ..fp8 import quantize_rows
+
 LAYOUTS = ("expert", "rank")
 
 
@@ -81,6 +83,20 @@ class Backend(ABC):
     ) -> tuple[list[torch.Tensor], torch.Tensor | None]:
         """Rows of every part, and of ``weights [T, K]`` the weights ``[N]`` or ``[N, K]``."""
 
+    def dispatch_fp8(
+        self,
+        data: torch.Tensor,
+        scale_inv: torch.Tensor,
+        weights: torch.Tensor | None,
+        state: Sequence[torch.Tensor],
+        spec: RoutingSpec,
+        num_sms: int | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """`dispatch` of quantised tokens: rows, their scales, row weights."""
+        parts = [Part(data.view(torch.uint8)), Part(scale_inv, padding=1.0)]
+        (data, scale_inv), row_weights = self.dispatch(parts, weights, state, spec, num_sms)
+        return data.view(torch.float8_e4m3fn), scale_inv, row_weights
+
     def dispatch_quantised(
         self,
         x: torch.Tensor,
@@ -88,12 +104,9 @@ class Backend(ABC):
         state: Sequence[torch.Tensor],
         spec: RoutingSpec,
         num_sms: int | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | None:
-        """`dispatch` of ``x [T, H]`` that kernels quantise on the way: FP8 rows, their scales, row weights.
-
-        None where no kernel would: then x is to be quantised before.
-        """
-        return None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """The same of ``x [T, H]``, before it is sent or on the way."""
+        return self.dispatch_fp8(*quantize_rows(x), weights, state, spec, num_sms)
 
     @abstractmethod
     def combine(

@@ -246,6 +246,27 @@ class NvlinkBackend(Backend):
         )
         return out, row_weights
 
+    def dispatch_fp8(
+        self,
+        data: torch.Tensor,
+        scale_inv: torch.Tensor,
+        weights: torch.Tensor | None,
+        state: Sequence[torch.Tensor],
+        spec: RoutingSpec,
+        num_sms: int | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        if self._cpu is not None and not data.is_cuda:
+            return self._cpu.dispatch_fp8(data, scale_inv, weights, state, spec)
+        self.check_device(data)
+        num_rows = state[Routing.ROWS].shape[0]
+        out = data.new_empty((num_rows, data.shape[1]))
+        out_scales = scale_inv.new_empty((num_rows, scale_inv.shape[1]))
+        blocks = self.num_sms("dispatch", spec.layout, 1, data.shape[0], num_sms)
+        row_weights = self._launch_dispatch(
+            data, None, scale_inv, 1.0, weights, out, out_scales, state, spec, blocks
+        )
+        return out, out_scales, row_weights
+
     def dispatch_quantised(
         self,
         x: torch.Tensor,
@@ -253,12 +274,10 @@ class NvlinkBackend(Backend):
         state: Sequence[torch.Tensor],
         spec: RoutingSpec,
         num_sms: int | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | None:
-        if not x.is_cuda or x.dtype not in self._kernel_dtypes:
-            return None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         blocks = self.num_sms("dispatch", spec.layout, 1, x.shape[0], num_sms, quantises=True)
-        if blocks[0] < sm_model.QUANTISING_SMS:
-            return None
+        if blocks[0] < sm_model.QUANTISING_SMS or (self._cpu is not None and not x.is_cuda):
+            return super().dispatch_quantised(x, weights, state, spec, num_sms)
         self.check_rows("x", x)
         num_rows = state[Routing.ROWS].shape[0]
         data = x.new_empty((num_rows, x.shape[1]), dtype=torch.float8_e4m3fn)

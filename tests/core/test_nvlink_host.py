@@ -14,6 +14,7 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import moe_ep
+from moe_ep import sm_model
 from moe_ep.backends import nvlink
 
 TOKENS, HIDDEN, TOPK = 6, 256, 2
@@ -134,19 +135,34 @@ def inputs(requires_grad):
 
 
 @pytest.mark.parametrize("requires_grad", [False, True])
-@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize("fp8", [None, "before", "on the way"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_repeated_dispatch_launches_its_kernel_alone(comm, log, layout, fp8, requires_grad):
     x, weights = inputs(requires_grad)
-    tokens = moe_ep.fp8.quantize(x) if fp8 else x
-    handle = moe_ep.dispatch(tokens, topk_idx(), weights, comm, layout=layout).handle
+    tokens = moe_ep.fp8.quantize(x) if fp8 == "before" else x
+    options = {"fp8": "blockwise"} if fp8 == "on the way" else {}
+    handle = moe_ep.dispatch(tokens, topk_idx(), weights, comm, layout=layout, **options).handle
     log.names.clear()
     with log:
-        out = moe_ep.dispatch(tokens, None, weights, comm, handle=handle)
+        out = moe_ep.dispatch(tokens, None, weights, comm, handle=handle, **options)
     assert log.names.count("dispatch") == 1
     assert set(log.names) <= {*LAUNCH_NOTHING, "dispatch"}
     rows = out.tokens.carrier if fp8 else out.tokens
     assert rows.requires_grad == out.weights.requires_grad == requires_grad
+
+
+def test_with_few_multiprocessors_tokens_are_quantised_before_the_dispatch(comm, log):
+    x, _ = inputs(requires_grad=False)
+    few = sm_model.QUANTISING_SMS - 1
+    with log:
+        out = moe_ep.dispatch(x, topk_idx(), None, comm, fp8="blockwise", num_sms=few)
+    assert log.names.count("dispatch") == 1 and not set(log.names) <= {
+        *LAUNCH_NOTHING,
+        "plan",
+        "wait",
+        "dispatch",
+    }
+    assert isinstance(out.tokens, moe_ep.Fp8Tokens)
 
 
 @pytest.mark.parametrize("requires_grad", [False, True])
