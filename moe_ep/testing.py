@@ -59,12 +59,10 @@ def run_ranks(
 
     def run(group: VirtualGroup) -> None:
         try:
-            with (
-                _own_stream(on),
-                torch.set_grad_enabled(grad_mode),
-                Communicator(group, **communicator_arguments) as comm,
-            ):
-                results[group.rank] = fn(comm)
+            with _own_stream(on), torch.set_grad_enabled(grad_mode):
+                _set_up_libraries(on)
+                with Communicator(group, **communicator_arguments) as comm:  # waits for all ranks
+                    results[group.rank] = fn(comm)
         except GroupFailed:
             pass  # the rank that failed reports
         except BaseException as error:
@@ -97,6 +95,18 @@ def _prepare_cuda(world_size: int) -> None:
         _log.warning(
             "CUDA has begun without %s: virtual ranks on it may wait for each other for ever", settings
         )
+
+
+def _set_up_libraries(device: torch.device) -> None:
+    """cuBLAS makes a handle in a thread's first matrix product, and in that of autograd's thread, and waits for the
+    device then: for kernels of other ranks, that is, which may wait for this one.
+    """
+    if device.type != "cuda":
+        return
+    with torch.enable_grad():
+        ones = torch.ones(16, 16, device=device, requires_grad=True)
+        (ones @ ones).sum().backward()
+    torch.cuda.current_stream(device).synchronize()
 
 
 def _own_stream(device: torch.device) -> AbstractContextManager:

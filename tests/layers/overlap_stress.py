@@ -46,6 +46,8 @@ def before_each_call(before):
 
     places = [
         (moe_ep.ops, "dispatch", "dispatch"),
+        (moe_ep.ops, "dispatch_fp8", "dispatch"),
+        (moe_ep.ops, "dispatch_quantised", "dispatch"),
         (moe_ep.ops, "combine", "combine"),
         (torch.nn.functional, "grouped_mm", "experts"),
     ]

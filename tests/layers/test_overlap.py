@@ -161,8 +161,13 @@ def test_order_of_calls(chunks, how, monkeypatch):
 
         return call
 
-    monkeypatch.setattr(moe_ep.ops, "dispatch", logged("D", moe_ep.ops.dispatch, 4))
-    monkeypatch.setattr(moe_ep.ops, "combine", logged("C", moe_ep.ops.combine, 5))
+    for name, letter, state_index in (
+        ("dispatch", "D", 4),
+        ("dispatch_fp8", "D", 5),
+        ("dispatch_quantised", "D", 4),
+        ("combine", "C", 5),
+    ):
+        monkeypatch.setattr(moe_ep.ops, name, logged(letter, getattr(moe_ep.ops, name), state_index))
     monkeypatch.setattr(moe_ep.Event, "wait", lambda event: calls.append(f"wait-{event.name}"))
     finish = moe_ep.functional.finish
 
