@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "common/kernel_attributes.h"
 #include "common/status.h"
 #include "nvlink/group.h"
 
@@ -109,9 +110,7 @@ struct Tables {
 // of another rank on this GPU.
 inline Status divide_memory(const void* kernel) {
   constexpr int kSharedPercent = 28;  // 64 KiB: two blocks of any of these kernels, and others' beside them
-  return Status::from_cuda(
-      cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, kSharedPercent),
-      "asking for shared memory");
+  return raise_attribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, kSharedPercent);
 }
 
 inline WindowLayout window_layout(int size, int max_tokens, int num_local, int hidden) {

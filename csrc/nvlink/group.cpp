@@ -4,6 +4,7 @@
 #include <chrono>
 #include <thread>
 
+#include "common/kernel_attributes.h"
 #include "nvlink/plan_tables.h"
 
 namespace moe_ep::nvlink {
@@ -35,13 +36,10 @@ int64_t workspace_bytes(int size, int max_tokens, int num_experts) {
 }
 
 Status allow_shared_memory(const void* kernel, int bytes) {
-  const char* const doing = "asking for shared memory";
-  const Status status = Status::from_cuda(
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), doing);
+  const Status status = raise_attribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (!status.is_ok()) return status;
-  return Status::from_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
-                                                cudaSharedmemCarveoutMaxShared),
-                           doing);
+  return raise_attribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                         cudaSharedmemCarveoutMaxShared);
 }
 
 Status ring_too_small(const Group& group, int64_t slot_bytes) {
