@@ -16,8 +16,10 @@ void bind(py::module_& module);
 namespace moe_ep::nvlink {
 void bind(py::module_& module);
 }
-
 namespace moe_ep::low_latency {
+void bind(py::module_& module);
+}
+namespace moe_ep::on_stream {
 void bind(py::module_& module);
 }
 
@@ -37,4 +39,7 @@ PYBIND11_MODULE(_C, module) {
   moe_ep::nvlink::bind(nvlink);
   py::module_ low_latency = module.def_submodule("low_latency", "The same for few tokens in fixed shapes.");
   moe_ep::low_latency::bind(low_latency);
+  py::module_ on_stream =
+      module.def_submodule("on_stream", "What streams do by themselves, without kernels.");
+  moe_ep::on_stream::bind(on_stream);
 }

@@ -284,7 +284,16 @@ def _make_nvlink(
     memory, addresses = windows.symmetric(members, group, num_bytes, device, nvlink.WINDOW_FORMULA)
     cpu = members if for_cpu else None
     return nvlink.NvlinkBackend(
-        "nvlink", members, kernels, shape, device, memory, addresses, timeout_s, choose_num_sms, cpu
+        name="nvlink",
+        members=members,
+        kernels=kernels,
+        shape=shape,
+        device=device,
+        memory=memory,
+        windows=addresses,
+        timeout_s=timeout_s,
+        choose_num_sms=choose_num_sms,
+        cpu=cpu,
     )
 
 
@@ -304,7 +313,15 @@ def _make_virtual_on_gpu(
     num_bytes = nvlink.window_bytes(shape, members.size, kernels)
     memory, addresses = windows.shared(group, members.channel, num_bytes, device, nvlink.WINDOW_FORMULA)
     return nvlink.NvlinkBackend(
-        "virtual", members, kernels, shape, device, memory, addresses, timeout_s, choose_num_sms
+        name="virtual",
+        members=members,
+        kernels=kernels,
+        shape=shape,
+        device=device,
+        memory=memory,
+        windows=addresses,
+        timeout_s=timeout_s,
+        choose_num_sms=choose_num_sms,
     )
 
 

@@ -16,8 +16,6 @@ from .communicator import find
 from .fp8 import quantize_rows
 from .ids import check_ids
 
-SpecNumbers = tuple[int, str, int, int | None]
-
 
 def plan(
     topk_idx: torch.Tensor, communicator_id: int, spec: RoutingSpec, num_sms: int | None

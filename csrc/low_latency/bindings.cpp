@@ -10,7 +10,6 @@
 #include "low_latency/combine.h"
 #include "low_latency/dispatch.h"
 #include "low_latency/group.h"
-#include "low_latency/on_stream.h"
 
 namespace py = pybind11;
 
@@ -69,24 +68,6 @@ void bind(py::module_& module) {
       py::arg("num_blocks"), "Words that count the calls.");
   module.def("failure", &failure, py::arg("host"),
              "(phase, peer, expected, seen) of the first wait that timed out, or None.");
-  module.def(
-      "copy",
-      [](Address to, Address from, int64_t bytes, Address stream) {
-        raise_unless_ok(copy(pointer<void>(to), pointer<void>(from), bytes, pointer<CUstream_st>(stream)));
-      },
-      py::arg("to"), py::arg("source"), py::arg("num_bytes"), py::arg("stream"), "By a copy engine.");
-  module.def(
-      "write_value",
-      [](Address to, uint32_t value, Address stream) {
-        raise_unless_ok(write_value(pointer<uint32_t>(to), value, pointer<CUstream_st>(stream)));
-      },
-      py::arg("to"), py::arg("value"), py::arg("stream"), "Once the stream's earlier work is visible.");
-  module.def(
-      "wait_value",
-      [](Address at, uint32_t value, Address stream) {
-        raise_unless_ok(wait_value(pointer<uint32_t>(at), value, pointer<CUstream_st>(stream)));
-      },
-      py::arg("at"), py::arg("value"), py::arg("stream"), "Until there is that value or a larger one.");
   py::enum_<Format>(module, "Format")
       .value("bfloat16", Format::bfloat16)
       .value("fp8", Format::fp8)

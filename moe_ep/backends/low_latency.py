@@ -18,7 +18,6 @@ from . import windows
 from .nvlink import NvlinkBackend
 from .virtual import VirtualBackend
 
-FORMATS = ("bfloat16", "fp8", "fp8_rounded", "fp8_exponents")
 """Of received rows: of csrc/low_latency/dispatch.h."""
 
 WINDOW_FORMULA = "8 x ranks x max_tokens x hidden bytes, and a little for signals"

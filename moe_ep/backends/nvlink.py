@@ -103,6 +103,7 @@ class NvlinkBackend(Backend):
 
     def __init__(
         self,
+        *,
         name: str,
         members: Members,
         kernels: ModuleType,
@@ -242,7 +243,15 @@ class NvlinkBackend(Backend):
             scales, out_scales, padding = parts[1].rows, out[1], parts[1].padding
         blocks = self.num_sms("dispatch", spec.layout, rows.element_size(), rows.shape[0], num_sms)
         row_weights = self._launch_dispatch(
-            rows, None, scales, padding, weights, out[0], out_scales, state, spec, blocks
+            rows,
+            out[0],
+            weights,
+            state,
+            spec,
+            blocks=blocks,
+            out_scales=out_scales,
+            scales=scales,
+            padding=padding,
         )
         return out, row_weights
 
@@ -263,7 +272,7 @@ class NvlinkBackend(Backend):
         out_scales = scale_inv.new_empty((num_rows, scale_inv.shape[1]))
         blocks = self.num_sms("dispatch", spec.layout, 1, data.shape[0], num_sms)
         row_weights = self._launch_dispatch(
-            data, None, scale_inv, 1.0, weights, out, out_scales, state, spec, blocks
+            data, out, weights, state, spec, blocks=blocks, out_scales=out_scales, scales=scale_inv
         )
         return out, out_scales, row_weights
 
@@ -282,25 +291,27 @@ class NvlinkBackend(Backend):
         num_rows = state[Routing.ROWS].shape[0]
         data = x.new_empty((num_rows, x.shape[1]), dtype=torch.float8_e4m3fn)
         scale_inv = x.new_empty((num_rows, -(-x.shape[1] // BLOCK)), dtype=torch.float32)
+        dtype = self._kernel_dtypes[x.dtype]
         row_weights = self._launch_dispatch(
-            x, self._kernel_dtypes[x.dtype], None, 1.0, weights, data, scale_inv, state, spec, blocks
+            x, data, weights, state, spec, blocks=blocks, out_scales=scale_inv, quantised_from=dtype
         )
         return data, scale_inv, row_weights
 
     def _launch_dispatch(
         self,
         rows: torch.Tensor,
-        quantised_from: object | None,
-        scales: torch.Tensor | None,
-        padding: float,
-        weights: torch.Tensor | None,
         out: torch.Tensor,
-        out_scales: torch.Tensor | None,
+        weights: torch.Tensor | None,
         state: Sequence[torch.Tensor],
         spec: RoutingSpec,
+        *,
         blocks: tuple[int, int],
+        out_scales: torch.Tensor | None = None,
+        scales: torch.Tensor | None = None,
+        padding: float = 1.0,
+        quantised_from: object | None = None,
     ) -> torch.Tensor | None:
-        """The row weights."""
+        """The row weights. ``padding``: of scales."""
         self.check_health(bad_ids=False)
         meta = state[Routing.ROWS]
         row_weights = None if weights is None else weights.new_empty(meta.shape)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import tempfile
 from pathlib import Path
 
 import torch
@@ -12,7 +11,7 @@ import torch.distributed as dist
 
 from .. import Communicator, machine
 from ..errors import InvalidInput
-from ..launch import init_process_group, inside_launch, spawn
+from ..launch import inside_launch
 from . import (
     arguments,
     collective,
@@ -24,6 +23,7 @@ from . import (
     table,
 )
 from .plan import Sweep
+from .ranks import process_group, run_on_ranks
 from .results import Results, write
 from .sweep import Bench
 
@@ -66,22 +66,15 @@ def run(args: argparse.Namespace) -> int:
     if args.trace is not None:
         raise InvalidInput("--trace shows the streams of --overlap; give both")
     _check(args)
-    if inside_launch():
-        text = run_rank(args)
-    else:
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder, "results.json")
-            spawn(_run_spawned, args.nproc, args, machine.command_line(), path)
-            text = path.read_text()
+    text = run_on_ranks(args.nproc, run_rank, args)
     if text is not None:
         _report(text, args)
     return 0
 
 
-def run_rank(args: argparse.Namespace, command: str | None = None) -> str | None:
+def run_rank(args: argparse.Namespace, command: str | None) -> str | None:
     """Measure on this rank, one of those that were launched. Rank 0 returns the results as JSON, the others None."""
-    rank, size = init_process_group(args.device)
-    try:
+    with process_group(args.device) as (rank, size):
         if not _uses_kernels(args):
             results = collective.run_rank(arguments.workload(args), args.iterations)
             return None if results is None else json.dumps(results, indent=2) + "\n"
@@ -91,9 +84,6 @@ def run_rank(args: argparse.Namespace, command: str | None = None) -> str | None
         with torch.no_grad(), communicator(sweep, "nvlink") as comm:
             results = Bench(sweep, comm, device).run(machine.facts(device, command))
         return results.to_json() if rank == 0 else None
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 def communicator(sweep: Sweep, backend: str) -> Communicator:
@@ -146,9 +136,3 @@ def _report(text: str, args: argparse.Namespace) -> None:
         write(text, args.json)
     if args.png is not None:
         draw(results, args.png)
-
-
-def _run_spawned(args: argparse.Namespace, command: str, path: Path) -> None:
-    text = run_rank(args, command)
-    if text is not None:
-        write(text, path)

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import tempfile
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from .. import machine
 from ..errors import InvalidInput
-from ..launch import init_process_group, inside_launch, spawn
 from . import layer_megatron, layer_report
 from .layer import LayerResults, Sizes, measure
 from .layer_variants import own_variants
+from .ranks import process_group, run_on_ranks
 from .results import write
 
 _SIZES = ("hidden", "num_experts", "num_topk")
@@ -46,13 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     sizes = sizes_of(args)
-    if inside_launch():
-        text = run_rank(args, sizes)
-    else:
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder, "results.json")
-            spawn(_run_spawned, args.nproc, args, sizes, machine.command_line(), path)
-            text = path.read_text()
+    text = run_on_ranks(args.nproc, run_rank, args, sizes)
     if text is not None:
         results = LayerResults.from_json(text)
         layer_report.print_results(results)
@@ -87,12 +79,11 @@ def sizes_of(args: argparse.Namespace) -> Sizes:
     return sizes
 
 
-def run_rank(args: argparse.Namespace, sizes: Sizes, command: str | None = None) -> str | None:
+def run_rank(args: argparse.Namespace, sizes: Sizes, command: str | None) -> str | None:
     """Measure on this rank, one of those that were launched. Rank 0 returns the results as JSON, the others None."""
-    rank, size = init_process_group(args.device)
-    on_gpu = dist.get_backend() != "gloo"
-    device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
-    try:
+    with process_group(args.device) as (rank, size):
+        on_gpu = dist.get_backend() != "gloo"
+        device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
         variants, backend = own_variants(sizes, device, args.backend, args.overlap_chunks)
         missing = layer_megatron.why_missing(device)
         left_out = [] if missing is None else [missing]
@@ -106,12 +97,3 @@ def run_rank(args: argparse.Namespace, sizes: Sizes, command: str | None = None)
         facts = machine.facts(device, command)
         results = LayerResults(facts, sizes, size, backend, args.iterations, rows, left_out)
         return results.to_json() if rank == 0 else None
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-
-
-def _run_spawned(args: argparse.Namespace, sizes: Sizes, command: str, path: Path) -> None:
-    text = run_rank(args, sizes, command)
-    if text is not None:
-        write(text, path)

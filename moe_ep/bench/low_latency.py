@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,8 +14,9 @@ from torch.profiler import ProfilerActivity, profile
 from .. import machine
 from ..compat.deep_ep import Buffer
 from ..errors import InvalidInput
-from ..launch import init_process_group, inside_launch, spawn
+from ..launch import inside_launch
 from .measure import gather, median
+from .ranks import process_group, run_on_ranks
 from .results import write
 
 TOKENS = (1, 8, 32, 64, 128, 256)
@@ -54,18 +53,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.png is not None:
         raise InvalidInput("--png is not for --low-latency, which draws nothing; its table has --json")
-    if inside_launch():
-        text = run_rank(args)
-    else:
-        if torch.cuda.device_count() < args.nproc:
-            raise InvalidInput(
-                f"--low-latency needs a GPU for each of --nproc {args.nproc} ranks; there are "
-                f"{torch.cuda.device_count()}"
-            )
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder, "results.json")
-            spawn(_run_spawned, args.nproc, args, machine.command_line(), path)
-            text = path.read_text()
+    if not inside_launch() and torch.cuda.device_count() < args.nproc:
+        raise InvalidInput(
+            f"--low-latency needs a GPU for each of --nproc {args.nproc} ranks; there are {torch.cuda.device_count()}"
+        )
+    text = run_on_ranks(args.nproc, run_rank, args)
     if text is not None:
         report(json.loads(text))
         if args.json is not None:
@@ -73,10 +65,9 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def run_rank(args: argparse.Namespace, command: str | None = None) -> str | None:
+def run_rank(args: argparse.Namespace, command: str | None) -> str | None:
     """Measure on this rank, one of those that were launched. Rank 0 returns the results as JSON, the others None."""
-    rank, size = init_process_group("cuda")
-    try:
+    with process_group("cuda") as (rank, size):
         sizes = {name: getattr(args, name) or default for name, default in SIZES.items()}
         mine = {tokens: _measure(tokens, args.iterations, **sizes) for tokens in args.num_tokens or TOKENS}
         by_rank = gather(mine)
@@ -87,9 +78,6 @@ def run_rank(args: argparse.Namespace, command: str | None = None) -> str | None
         facts = machine.facts(torch.device("cuda", torch.cuda.current_device()), command)
         results = {"machine": facts, "ranks": size, "sizes": sizes, "us": slowest}
         return json.dumps(results, indent=2) + "\n" if rank == 0 else None
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 def report(results: dict[str, Any]) -> None:
@@ -169,9 +157,3 @@ def _halves_us(name: str, call: Callable[[], Callable[[], None]], iterations: in
     kernels.sort(key=lambda event: event.time_range.start)
     times = [event.time_range.elapsed_us() for event in kernels]
     return {f"{name}_send": median(times[::2]), f"{name}_receive": median(times[1::2])}
-
-
-def _run_spawned(args: argparse.Namespace, command: str, path: Path) -> None:
-    text = run_rank(args, command)
-    if text is not None:
-        write(text, path)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +12,12 @@ import torch.distributed as dist
 
 from .. import Communicator, machine
 from ..errors import InvalidInput
-from ..launch import init_process_group, inside_launch, spawn
+from ..launch import inside_launch
 from . import lanes, overlap_report
 from .arguments import AUTO
 from .overlap import OverlapBench
 from .overlap_pieces import OverlapPlan
+from .ranks import process_group, run_on_ranks
 from .results import write
 
 _ON_GPUS = {"num_tokens": 4096, "hidden": 7168, "num_topk": 8, "num_experts": 32, "dtype": "bfloat16"}
@@ -41,14 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     num_gpus = 0 if args.device == "cpu" else torch.cuda.device_count()
     plan = plan_of(args, on_gpu=num_gpus > 0 and (inside_launch() or num_gpus >= args.nproc))
-    if inside_launch():
-        text = run_rank(args, plan)
-    else:
+    if not inside_launch():
         plan.check(args.nproc)
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder, "results.json")
-            spawn(_run_spawned, args.nproc, args, plan, machine.command_line(), path)
-            text = path.read_text()
+    text = run_on_ranks(args.nproc, run_rank, args, plan)
     if text is not None:
         _report(json.loads(text), args)
     return 0
@@ -72,10 +67,9 @@ def plan_of(args: argparse.Namespace, on_gpu: bool) -> OverlapPlan:
     return OverlapPlan(num_sms=num_sms, iterations=args.iterations, **sizes)
 
 
-def run_rank(args: argparse.Namespace, plan: OverlapPlan, command: str | None = None) -> str | None:
+def run_rank(args: argparse.Namespace, plan: OverlapPlan, command: str | None) -> str | None:
     """Measure on this rank, one of those that were launched. Rank 0 returns the results as JSON, the others None."""
-    rank, size = init_process_group(args.device)
-    try:
+    with process_group(args.device) as (rank, size):
         if dist.get_backend() == "gloo":
             device = torch.device("cpu")
             torch.set_num_threads(1)  # the ranks share the cores
@@ -86,15 +80,6 @@ def run_rank(args: argparse.Namespace, plan: OverlapPlan, command: str | None = 
         with Communicator(max_tokens_per_rank=plan.num_tokens, backend=args.backend, **shape) as comm:
             results = OverlapBench(plan, comm, device).run(machine.facts(device, command))
         return json.dumps(results, indent=2) + "\n" if rank == 0 else None
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-
-
-def _run_spawned(args: argparse.Namespace, plan: OverlapPlan, command: str, path: Path) -> None:
-    text = run_rank(args, plan, command)
-    if text is not None:
-        write(text, path)
 
 
 def _report(results: dict[str, Any], args: argparse.Namespace) -> None:

@@ -6,15 +6,15 @@ import argparse
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from .. import machine
 from ..errors import InvalidInput
-from ..launch import init_process_group, inside_launch, spawn
+from ..launch import inside_launch, spawn
 from ..tuning import Config
 from . import arguments
 from .command import communicator
 from .jobs import jobs_of
+from .ranks import process_group
 from .table import print_table
 from .tune import CALLS, TOLERANCE, Tuned, measure
 
@@ -62,8 +62,7 @@ def run(args: argparse.Namespace) -> int:
 
 def run_rank(args: argparse.Namespace) -> None:
     """This rank's part; rank 0 prints and writes."""
-    rank, size = init_process_group("cuda")
-    try:
+    with process_group("cuda") as (rank, size):
         device = torch.device("cuda", torch.cuda.current_device())
         sweep = arguments.sweep(args, arguments.sms_of(device), SMS)
         sweep.check(size)
@@ -78,9 +77,6 @@ def run_rank(args: argparse.Namespace) -> None:
             config = Config(facts["device"], tuple(each.choice(sweep.hidden, size) for each in tuned))
             config.save(args.json)
             print(f"written to {args.json}: for Communicator(config=...) or MOE_EP_CONFIG")
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 def rows(tuned: list[Tuned]) -> list[list[tuple[str, ...]]]:

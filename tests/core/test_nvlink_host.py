@@ -114,7 +114,15 @@ def comm(log, stream, monkeypatch):
                 torch, "zeros", lambda size, pin_memory=False, **_options: memory.new_empty(size)
             )
             return nvlink.NvlinkBackend(
-                "nvlink", members, kernels, shape, cpu, memory, [0], timeout_s, choose_num_sms
+                name="nvlink",
+                members=members,
+                kernels=kernels,
+                shape=shape,
+                device=cpu,
+                memory=memory,
+                windows=[0],
+                timeout_s=timeout_s,
+                choose_num_sms=choose_num_sms,
             )
 
     monkeypatch.setattr(nvlink, "_count_sms", lambda device: 132)

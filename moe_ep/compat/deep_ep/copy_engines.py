@@ -30,7 +30,7 @@ class CopyEngines:
 
     def __init__(self, nvlink: NvlinkBackend, num_bytes: int) -> None:
         self.rank, self.size, self.device = nvlink.rank, nvlink.size, nvlink.device
-        self._do = _extension.load().low_latency
+        self._do = _extension.load().on_stream
         members = nvlink.members
         # Behind the data, a word from each rank: gathers that have arrived from it; sessions that it has ended.
         self._arrived = align(num_bytes, _WORD_BYTES)

@@ -1,8 +1,8 @@
-#include "low_latency/on_stream.h"
+#include "on_stream/on_stream.h"
 
 #include <cuda.h>
 
-namespace moe_ep::low_latency {
+namespace moe_ep::on_stream {
 namespace {
 
 // A function of the driver, which is looked up when it is called: the library is not linked, so that a
@@ -46,4 +46,4 @@ Status wait_value(const uint32_t* at, uint32_t value, cudaStream_t stream) {
   return call("cuStreamWaitValue32", at, value, CU_STREAM_WAIT_VALUE_GEQ, stream);
 }
 
-}  // namespace moe_ep::low_latency
+}  // namespace moe_ep::on_stream
