@@ -281,27 +281,32 @@ class ElasticBuffer(Services):
 
         def work() -> tuple[Received, EPHandle, list[torch.Tensor]]:
             if handle is not None:
-                return dispatch_again(self._ranks, x, scales, topk_weights, handle, how), handle, []
+                return in_columns(dispatch_again(self._ranks, x, scales, topk_weights, handle, how)), handle, []
             received, made = dispatch(
                 self._ranks, x, scales, topk_idx, topk_weights, shape, bool(do_handle_copy), how
             )
             if stats is not None:
                 with torch.inference_mode(stats.is_inference()):  # such a tensor changes in that mode alone
                     stats.add_(made.routing().tokens_per_expert)
-            return received, made, made.tensors()
+            return in_columns(received), made, made.tensors()
 
-        (received, handle, _), event = self._run(
+        def in_columns(received: Received) -> Received:
+            if scales is None or not use_tma_aligned_col_major_sf:
+                return received
+            return received._replace(scales=_column_major(received.scales))
+
+        known = [] if handle is None else handle.tensors()
+        (received, made, _), event = self._run(
             work,
-            [x, scales, topk_idx, topk_weights, stats],
+            [x, scales, topk_idx, topk_weights, stats, *known],
             async_with_compute_stream,
             previous_event,
             previous_event_before_epilogue,
         )
-        recv_x = received.rows
-        if scales is not None:
-            columns = use_tma_aligned_col_major_sf
-            recv_x = recv_x, _column_major(received.scales) if columns else received.scales
-        return recv_x, received.topk_idx, received.weights, handle, event
+        if handle is None:
+            made.ready = event.event
+        recv_x = received.rows if scales is None else (received.rows, received.scales)
+        return recv_x, received.topk_idx, received.weights, made, event
 
     @outside_autograd
     def combine(
@@ -341,7 +346,7 @@ class ElasticBuffer(Services):
         how = num_sms or handle.num_sms or None, overlapped
         (combined, weights), event = self._run(
             lambda: combine(self._ranks, x, topk_weights, biases, handle, how),
-            [x, topk_weights, *biases],
+            [x, topk_weights, *biases, *handle.tensors()],
             async_with_compute_stream,
             previous_event,
             previous_event_before_epilogue,

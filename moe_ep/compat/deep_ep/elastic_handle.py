@@ -11,6 +11,7 @@ import torch
 from ...errors import InvalidInput
 from ...handle import DispatchHandle
 from .transport import outside_autograd
+from .utils.event import EventHandle
 
 NO_TOKEN = 0
 """In place of a token's number plus one."""
@@ -40,8 +41,11 @@ class EPHandle:
     - ``token_metadata_at_forward``, ``channel_linked_list``, ``cached_recv_src_metadata_before_sort``: None, as deep_ep
       has it within one NVLink domain and where rows need no sorting
 
-    What is not at hand is worked out when it is first read, so that calls do not pay for it.
+    What is not at hand is worked out when it is first read, so that calls do not pay for it. The current stream then
+    waits for ``ready``, the end of an asynchronous dispatch.
     """
+
+    ready: EventHandle | None = None
 
     def __init__(
         self,
@@ -79,6 +83,7 @@ class EPHandle:
             channel_linked_list=None,
             cached_recv_src_metadata_before_sort=None,
             **known,
+            ready=None,
             _routing=routing,
             _row_routing=None,
             _sources=sources,
@@ -92,6 +97,8 @@ class EPHandle:
         make = self.__dict__.get("_derive", {}).get(name)
         if make is None:
             raise AttributeError(f"EPHandle has no attribute {name!r}")
+        if self.ready is not None:
+            self.ready.current_stream_wait()
         value = make()
         setattr(self, name, value)
         return value
