@@ -82,7 +82,8 @@ class BuildExtensions(build_ext):
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
         # -cudart static: nothing of CUDA has to be found when the module is imported.
-        _run([nvcc, "-shared", "-cudart", "static", *_gencode(archs), "-o", str(target), *map(str, objects)])
+        link = [nvcc, "-shared", "-cudart", "static", *_gencode(archs), "-o", str(target)]
+        _run([*link, *map(str, objects), "-ldl"])
 
     def _compile_flags(self, archs: list[str]) -> list[str]:
         import pybind11

@@ -13,6 +13,9 @@ void bind(py::module_& module);
 namespace moe_ep::swiglu {
 void bind(py::module_& module);
 }
+namespace moe_ep::grouped_gemm {
+void bind(py::module_& module);
+}
 namespace moe_ep::nvlink {
 void bind(py::module_& module);
 }
@@ -34,6 +37,9 @@ PYBIND11_MODULE(_C, module) {
       .value("bfloat16", moe_ep::DType::bfloat16);
   moe_ep::fp8::bind(module);
   moe_ep::swiglu::bind(module);
+  py::module_ grouped_gemm =
+      module.def_submodule("grouped_gemm", "A matrix product for each expert, by Transformer Engine.");
+  moe_ep::grouped_gemm::bind(grouped_gemm);
   py::module_ nvlink =
       module.def_submodule("nvlink", "Dispatch and combine between GPUs that reach each other's memory.");
   moe_ep::nvlink::bind(nvlink);

@@ -22,17 +22,17 @@ _log = logging.getLogger("moe_ep")
 _said: set[str] = set()
 
 
-def rows_by_weights(
-    rows: Fp8Tokens, weight: Fp8Weight, groups: RowGroups, dtype: torch.dtype
-) -> torch.Tensor:
+def rows_by_weights(rows: Fp8Tokens, weight: Fp8Weight, groups: RowGroups, out_NO: torch.Tensor) -> None:
     """``out[rows of e] = rows of e @ weight[e].T``: Fp8Tokens ``[N, I]``, weight ``[L, O, I]`` -> ``[N, O]``."""
+    dtype = out_NO.dtype
     if _runs_on_transformer_engine(rows.device, dtype, groups, *weight.data.shape[1:]):
         scales = transpose_scales(rows.scale_inv, groups)
         operands = rows.data, scales, weight.data, weight.scale_inv
-        return transformer_engine.rows_by_weights(*operands, groups.splits, dtype)
+        transformer_engine.rows_by_weights(*operands, groups.splits, out_NO)
+        return
     with torch.no_grad():
         wide = Fp8Tokens(rows.data, rows.scale_inv).dequantize(dtype)
-        return matmul_by_expert(wide, weight.dequantize(dtype), groups)
+        out_NO.copy_(matmul_by_expert(wide, weight.dequantize(dtype), groups))
 
 
 def columns_by_columns(
@@ -40,9 +40,10 @@ def columns_by_columns(
 ) -> torch.Tensor:
     """``out[e] = grad of e.T @ rows of e``: columns of ``[N, O]`` and ``[N, I]`` -> ``[L, O, I]``."""
     out_features, in_features = grad.scale_inv.shape[1], rows.scale_inv.shape[1]
-    grads, inputs = _by_expert(grad, groups), _by_expert(rows, groups)
     if _runs_on_transformer_engine(grad.data.device, dtype, groups, out_features, in_features):
-        return transformer_engine.columns_by_columns(grads, inputs, groups.splits, dtype)
+        operands = grad.data, grad.scale_inv, rows.data, rows.scale_inv
+        return transformer_engine.columns_by_columns(*operands, groups.splits, dtype)
+    grads, inputs = _by_expert(grad, groups), _by_expert(rows, groups)
     out_LOI = grad.scale_inv.new_zeros(len(grads), out_features, in_features, dtype=dtype)
     for e, (left, right) in enumerate(zip(grads, inputs, strict=True)):
         if left[0].shape[1]:

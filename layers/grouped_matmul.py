@@ -5,12 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from moe_ep.streams import named_range
 
+from . import transformer_engine
 from .row_groups import RowGroups
 from .weight_gradients import Compute, Later, later
+
+LARGE_PRODUCT = 10_000_000_000
+"""Multiplications of an expert's product from which on it is cuBLAS's: about 30 us on an H200."""
 
 
 def grouped_matmul(
@@ -28,7 +33,8 @@ def grouped_matmul(
     gradient: nothing may read them. An expert without rows gets a zero weight gradient.
 
     A `WeightGradStore` may keep the weight's gradient for later. CUDA bfloat16 runs torch's grouped matmul if
-    ``I`` and ``O`` are multiples of 8 (it wants 16-byte strides); all else a loop of plain products.
+    ``I`` and ``O`` are multiples of 8 (it wants 16-byte strides), or for large products whose ``splits`` are known, on
+    Hopper with Transformer Engine, cuBLAS; all else runs a loop of plain products.
     """
     return matmul_by_expert(rows_NI, weight_LOI, RowGroups(tokens_per_expert, splits, rows_NI.shape[0]))
 
@@ -39,7 +45,7 @@ def matmul_by_expert(rows_NI: torch.Tensor, weight_LOI: torch.Tensor, groups: Ro
     if put is not None:
         weight_LOI = weight_LOI.detach()
     if uses_grouped_mm(rows_NI, weight_LOI):
-        return _GroupedMatmul.apply(rows_NI.contiguous(), weight_LOI, groups.ends, put)
+        return _GroupedMatmul.apply(rows_NI.contiguous(), weight_LOI.contiguous(), groups, put)
     return _LoopedMatmul.apply(rows_NI, weight_LOI, groups.segments, put)
 
 
@@ -58,28 +64,52 @@ def uses_grouped_mm(rows_NI: torch.Tensor, weight_LOI: torch.Tensor) -> bool:
 class _GroupedMatmul(torch.autograd.Function):
     # NOTE: torch's own derivative of grouped_mm refuses expanded gradients, which y.sum().backward() makes.
     @staticmethod
-    def forward(ctx, rows_NI, weight_LOI, ends, put):
-        ctx.save_for_backward(rows_NI, weight_LOI, ends)
-        ctx.put = put
+    def forward(ctx, rows_NI, weight_LOI, groups, put):
+        ctx.save_for_backward(rows_NI, weight_LOI)
+        ctx.groups, ctx.put = groups, put
         with named_range("moe_ep.experts.matmul"):
-            return torch.nn.functional.grouped_mm(rows_NI, weight_LOI.transpose(1, 2), offs=ends)
+            if _is_large(weight_LOI, groups):
+                out_NO = rows_NI.new_empty(rows_NI.shape[0], weight_LOI.shape[1])
+                transformer_engine.rows_by_weights(rows_NI, None, weight_LOI, None, groups.splits, out_NO)
+                return out_NO
+            return F.grouped_mm(rows_NI, weight_LOI.transpose(1, 2), offs=groups.ends)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_NO):
-        rows_NI, weight_LOI, ends = ctx.saved_tensors
+        rows_NI, weight_LOI = ctx.saved_tensors
+        groups = ctx.groups
         grad_NO = grad_NO.contiguous()
+        is_large = _is_large(weight_LOI, groups)
 
         def weight_gradient() -> torch.Tensor:
             with named_range("moe_ep.experts.matmul.wgrad"):
-                return torch.nn.functional.grouped_mm(grad_NO.t(), rows_NI, offs=ends)
+                if is_large:
+                    return transformer_engine.rows_by_rows(grad_NO, rows_NI, groups.splits)
+                return F.grouped_mm(grad_NO.t(), rows_NI, offs=groups.ends)
 
         grad_rows = None
         if ctx.needs_input_grad[0]:
             with named_range("moe_ep.experts.matmul.dgrad"):
-                grad_rows = torch.nn.functional.grouped_mm(grad_NO, weight_LOI, offs=ends)
+                if is_large:
+                    grad_rows = transformer_engine.rows_by_transposed_weights(
+                        grad_NO, weight_LOI, groups.splits
+                    )
+                else:
+                    grad_rows = F.grouped_mm(grad_NO, weight_LOI, offs=groups.ends)
         wanted = ctx.needs_input_grad[1]
         return grad_rows, now_or_later(weight_gradient, ctx.put, wanted), None, None
+
+
+def _is_large(weight_LOI: torch.Tensor, groups: RowGroups) -> bool:
+    """Whether a product for each expert is better than one kernel for all.
+
+    cuBLAS's products are a tenth faster, but each takes the host about 10 us, so an expert's should take the GPU
+    longer. The host has to know the experts' rows. It depends on the shapes alone: forward and backward agree.
+    """
+    if not groups.are_known or groups.num_rows * weight_LOI[0].numel() < LARGE_PRODUCT * len(weight_LOI):
+        return False
+    return transformer_engine.can_run(weight_LOI.device)
 
 
 class _LoopedMatmul(torch.autograd.Function):

@@ -27,6 +27,11 @@ class RowGroups:
         self._ends: torch.Tensor | None = None
 
     @property
+    def are_known(self) -> bool:
+        """Whether `splits` waits for nothing."""
+        return self._splits is not None
+
+    @property
     def splits(self) -> list[int]:
         """Rows of each expert. Waits for the device if the host was not told."""
         if self._splits is None:
@@ -49,6 +54,15 @@ class RowGroups:
             ends = self.tokens_per_expert.cumsum(0).clamp(max=self.num_rows)
             self._ends = ends.to(torch.int32)
         return self._ends
+
+    def part(self, first: int, end: int) -> tuple[RowGroups, slice]:
+        """Of the experts from ``first`` up to ``end`` alone, and where their rows are; waits as `splits` does."""
+        if (first, end) == (0, len(self.tokens_per_expert)):
+            return self, slice(0, self.num_rows)
+        start = sum(self.splits[:first])
+        splits = self.splits[first:end]
+        rows = slice(start, start + sum(splits))
+        return RowGroups(self.tokens_per_expert[first:end], splits, rows.stop - start), rows
 
     def _cut(self, splits: Sequence[int]) -> list[int]:
         left, cut = self.num_rows, []

@@ -1,8 +1,8 @@
-"""Transformer Engine's grouped FP8 matrix product; the only file that imports it.
+"""Transformer Engine's matrix products, one for each expert; the only file that imports it.
 
-Its modules refuse FP8 input, so this calls what lies below them, `general_grouped_gemm`, with operands that were
-quantised elsewhere: cuBLASLt multiplies them as they are, one product for each expert, over several streams. These
-functions are no public interface of Transformer Engine, hence the pinned version.
+Its modules refuse FP8 input, so `csrc/grouped_gemm` calls what lies below them, the C interface to cuBLASLt, with
+operands that were quantised elsewhere. Products run on four streams, so that the end of one lies beside the beginning
+of the next.
 """
 
 from __future__ import annotations
@@ -17,13 +17,21 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from moe_ep import _extension, carveout
+
 VERSION = "2.20"
 """What this is written for, and tested with 2.20.2."""
 
 ROW_ALIGNMENT = 16
-"""Rows of each expert are a multiple of this: they are the inner dimension of a weight's gradient."""
+"""Rows of each expert are a multiple of this in FP8: they are the inner dimension of a weight's gradient."""
 
-_SCALES = 4  # a row of scales is a multiple of this
+_SCALES = 4  # a row of a weight's scales is a multiple of this
+
+_WORKSPACE_BYTES = 32 << 20
+
+_DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
+
+_workspaces: dict[tuple[torch.device, int], torch.Tensor] = {}
 
 
 @functools.cache
@@ -38,97 +46,111 @@ def why_missing() -> str | None:
         return f"transformer_engine can't be imported: {error}"
     version = importlib.import_module("transformer_engine").__version__
     if not version.startswith(f"{VERSION}."):
-        return f"transformer_engine is {version}; the grouped FP8 product is written for {VERSION}"
+        return f"transformer_engine is {version}; the grouped products are written for {VERSION}"
+    if _extension.load() is None:
+        return f"moe_ep._C, which calls it, is missing: {_extension.why_missing()}"
+    if not _extension.load().grouped_gemm.is_there():
+        return "transformer_engine's library does not show its C interface"
     return None
 
 
 def can_run(device: torch.device) -> bool:
-    """Whether FP8 in blocks runs on this GPU: Hopper, and Transformer Engine."""
+    """Whether the products, FP8 in blocks among them, run on this GPU: Hopper, and Transformer Engine."""
     return (
         device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9 and why_missing() is None
     )
 
 
 def rows_by_weights(
-    data_NI: torch.Tensor,
-    scales: torch.Tensor,
+    rows_NI: torch.Tensor,
+    scales: torch.Tensor | None,
     weight_LOI: torch.Tensor,
-    weight_scales: torch.Tensor,
+    weight_scales: torch.Tensor | None,
     splits: Sequence[int],
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    """``out[rows of e] = rows of e @ weight[e].T``: ``[N, O]`` of ``dtype``.
+    out_NO: torch.Tensor,
+) -> None:
+    """``out[rows of e] = rows of e @ weight[e].T``: ``[N, O]``, contiguous. ``splits``: rows of each expert.
 
-    ``data [N, I]`` in 1x128 blocks, float8_e4m3fn; ``scales`` float32 ``[N * I / 128]``, for each expert a matrix ``[I
-    / 128, rows]``. ``weight [L, O, I]`` in 128x128 blocks, ``weight_scales [L, O / 128, S >= I / 128]``. ``splits``:
-    rows of each expert, multiples of 16; I and O are multiples of 128.
+    Without scales all is of one dtype. In FP8: ``rows [N, I]`` float8_e4m3fn in 1x128 blocks; ``scales`` float32 ``[N *
+    I / 128]``, for each expert a matrix ``[I / 128, rows]``; ``weight [L, O, I]`` in 128x128 blocks, ``weight_scales
+    [L, O / 128, S >= I / 128]``; splits are multiples of 16, I and O of 128; out is bfloat16 or float32.
     """
-    out_NO = torch.empty(data_NI.shape[0], weight_LOI.shape[1], dtype=dtype, device=data_NI.device)
-    blocks = data_NI.shape[1] // 128
-    used = sum(splits)
-    row_data = data_NI.view(torch.uint8)[:used].split(list(splits))
-    row_scales = scales[: used * blocks].split([size * blocks for size in splits])
-    rows = [
-        _storage(data, each.view(blocks, len(data)), is_2d=False, dtype=dtype)
-        for data, each in zip(row_data, row_scales, strict=True)
-    ]
-    pad = -weight_scales.shape[2] % _SCALES
-    weight_scales = F.pad(weight_scales, (0, pad)) if pad else weight_scales
-    weights = [
-        _storage(data, each, is_2d=True, dtype=dtype)
-        for data, each in zip(weight_LOI.view(torch.uint8), weight_scales, strict=True)
-    ]
-    _multiply(weights, rows, [out_NO], "TN", splits, single_output=True)
-    return out_NO
+    if weight_scales is not None:
+        pad = -weight_scales.shape[2] % _SCALES
+        weight_scales = F.pad(weight_scales, (0, pad)) if pad else weight_scales
+    a, b = _matrices("rows", rows_NI, scales), _matrices("weights", weight_LOI, weight_scales)
+    _multiply("rows_by_weights", a, b, _matrices("rows", out_NO), out_NO, splits)
 
 
-def columns_by_columns(
-    grad: Sequence[tuple[torch.Tensor, torch.Tensor]],
-    rows: Sequence[tuple[torch.Tensor, torch.Tensor]],
-    splits: Sequence[int],
-    dtype: torch.dtype,
+def rows_by_transposed_weights(
+    rows_NO: torch.Tensor, weight_LOI: torch.Tensor, splits: Sequence[int]
 ) -> torch.Tensor:
-    """``out[e] = grad of e.T @ rows of e``: ``[L, O, I]`` of ``dtype``; zero for an expert without rows.
+    """``out[rows of e] = rows of e @ weight[e]``: ``[N, O]`` and ``[L, O, I]`` -> ``[N, I]``, all of one dtype."""
+    out_NI = rows_NO.new_empty(rows_NO.shape[0], weight_LOI.shape[2])
+    a, b = _matrices("rows", rows_NO), _matrices("weights", weight_LOI)
+    _multiply("rows_by_transposed_weights", a, b, _matrices("rows", out_NI), out_NI, splits)
+    return out_NI
 
-    For each expert ``(data [O, M] or [I, M], scale_inv [ceil(M / 128), O or I])``: columns in blocks of 128 rows.
-    """
-    shape = len(splits), grad[0][0].shape[0], rows[0][0].shape[0]
-    out_LOI = torch.empty(shape, dtype=dtype, device=grad[0][0].device)
-    left = [_storage(*each, is_2d=False, dtype=dtype, columns=True) for each in rows]
-    right = [_storage(*each, is_2d=False, dtype=dtype, columns=True) for each in grad]
-    _multiply(left, right, list(out_LOI), "NT", splits, grad=True)
+
+def rows_by_rows(grad_NO: torch.Tensor, rows_NI: torch.Tensor, splits: Sequence[int]) -> torch.Tensor:
+    """``out[e] = grad of e.T @ rows of e``: ``[L, O, I]``, all of one dtype; zero for an expert without rows."""
+    out_LOI = rows_NI.new_empty(len(splits), grad_NO.shape[1], rows_NI.shape[1])
+    a, b = _matrices("rows", grad_NO), _matrices("rows", rows_NI)
+    _multiply("columns_by_columns", a, b, _matrices("weights", out_LOI), out_LOI, splits)
     return out_LOI
 
 
-def _storage(
-    data: torch.Tensor, scale_inv: torch.Tensor, *, is_2d: bool, dtype: torch.dtype, columns: bool = False
-) -> Any:
-    """The operand as Transformer Engine knows it. ``dtype``: what it pretends to be."""
-    tex, storage = _types()
-    operand = data.view(torch.uint8), scale_inv
-    parts = (None, None, *operand) if columns else (*operand, None, None)
-    return storage(*parts, tex.DType.kFloat8E4M3, None, is_2d, fake_dtype=dtype)
+def columns_by_columns(
+    grad: torch.Tensor,
+    grad_scales: torch.Tensor,
+    rows: torch.Tensor,
+    row_scales: torch.Tensor,
+    splits: Sequence[int],
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """The same of FP8 columns, in blocks of 128 rows.
+
+    For each expert of M rows, one behind the other: ``grad [O, M]`` and ``rows [I, M]`` float8_e4m3fn; ``grad_scales
+    [ceil(M / 128), O]``, ``row_scales [ceil(M / 128), I]`` float32.
+    """
+    shape = len(splits), grad_scales.shape[1], row_scales.shape[1]
+    out_LOI = torch.empty(shape, dtype=dtype, device=grad.device)
+    a, b = _matrices("columns", grad, grad_scales), _matrices("columns", rows, row_scales)
+    _multiply("columns_by_columns", a, b, _matrices("weights", out_LOI), out_LOI, splits)
+    return out_LOI
 
 
-def _multiply(
-    a: list[Any], b: list[Any], out: list[torch.Tensor], layout: str, splits: Sequence[int], **options: Any
-) -> None:
-    gemm = importlib.import_module("transformer_engine.pytorch.cpp_extensions").general_grouped_gemm
-    with torch.cuda.device(out[0].device):
-        gemm(
-            a,
-            b,
-            out,
-            [None] * len(a),
-            out[0].dtype,
-            layout=layout,
-            m_splits=list(splits),
-            use_split_accumulator=True,
-            **options,
+def _matrices(form: str, data: torch.Tensor, scales: torch.Tensor | None = None) -> Any:
+    """As `csrc/grouped_gemm` knows them."""
+    kernels = _extension.load()
+    is_weight = form == "weights"
+    return kernels.grouped_gemm.Matrices(
+        form=getattr(kernels.grouped_gemm.Form, form),
+        data=data.data_ptr(),
+        scales=0 if scales is None else scales.data_ptr(),
+        dtype=getattr(kernels.DType, _DTYPES.get(data.dtype, "float32")),
+        width=scales.shape[1] if form == "columns" else data.shape[-1],
+        height=data.shape[1] if is_weight else 0,
+        scale_width=scales.shape[2] if is_weight and scales is not None else 0,
+    )
+
+
+def _multiply(product: str, a: Any, b: Any, out: Any, result: torch.Tensor, splits: Sequence[int]) -> None:
+    kernels = _extension.load().grouped_gemm
+    with torch.cuda.device(result.device):
+        stream = torch.cuda.current_stream()
+        workspace = _workspaces.get((result.device, stream.cuda_stream))
+        if workspace is None:
+            workspace = torch.empty(_WORKSPACE_BYTES, dtype=torch.uint8, device=result.device)
+            _workspaces[result.device, stream.cuda_stream] = workspace
+        kernels.multiply(
+            product=getattr(kernels.Product, product),
+            a=a,
+            b=b,
+            out=out,
+            rows=splits,
+            workspace=workspace.data_ptr(),
+            workspace_bytes=_WORKSPACE_BYTES,
+            num_sms=carveout.sms_left(result.device),
+            stream=stream.cuda_stream,
         )
-
-
-@functools.cache
-def _types() -> tuple[Any, Any]:
-    tex = importlib.import_module("transformer_engine_torch")
-    return tex, importlib.import_module("transformer_engine.pytorch").Float8BlockwiseQTensorStorage

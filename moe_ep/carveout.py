@@ -57,6 +57,12 @@ _open: list[int] = []
 _before: list[int | None] = []
 
 
+def sms_left(device: torch.device) -> int:
+    """How many SMs of a GPU a product launched now may take; 0: all of them."""
+    left_free = torch._C._get_sm_carveout_experimental()
+    return torch.cuda.get_device_properties(device).multi_processor_count - left_free if left_free else 0
+
+
 @contextmanager
 def leave_free(num_sms: int) -> Iterator[None]:
     """A `Carveout` for what is launched inside."""

@@ -4,11 +4,11 @@ import statistics
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from gpu.machine import needs_gpu
 from moe_ep import Fp8Tokens, fp8
 from moe_ep.layers import GroupedExperts, SharedExperts, fp8_matmul, fp8_quantize, swiglu, transformer_engine
-from moe_ep.layers.grouped_matmul import matmul_by_expert
 from moe_ep.layers.row_groups import RowGroups
 
 pytestmark = needs_gpu
@@ -134,6 +134,12 @@ def test_swiglu_equals_the_formulas(num_rows, width, weighted, dtype):
         assert torch.equal(rounded[1], got_weights)
 
 
+def rows_by_weights(tokens, weight, groups):
+    out = torch.empty(groups.num_rows, weight.data.shape[1], dtype=torch.bfloat16, device="cuda")
+    fp8_matmul.rows_by_weights(tokens, weight, groups, out)
+    return out
+
+
 @needs_transformer_engine
 @pytest.mark.parametrize("splits", SPLITS, ids=str)
 @pytest.mark.parametrize(("hidden", "ffn_hidden"), [(512, 256), (1024, 384)])
@@ -147,8 +153,8 @@ def test_transformer_engine_multiplies_the_same_numbers(splits, hidden, ffn_hidd
 
     def products():
         return {
-            "forward": fp8_matmul.rows_by_weights(tokens, plain, groups, torch.bfloat16),
-            "dgrad": fp8_matmul.rows_by_weights(grad, turned, groups, torch.bfloat16),
+            "forward": rows_by_weights(tokens, plain, groups),
+            "dgrad": rows_by_weights(grad, turned, groups),
             "wgrad": fp8_matmul.columns_by_columns(*columns, groups, torch.bfloat16),
         }
 
@@ -286,16 +292,17 @@ def test_times_of_products(name, out_features, in_features):
         )  # fmt: skip
 
     products = {
-        "FP8 forward": lambda: fp8_matmul.rows_by_weights(tokens, plain, groups, bf16),
-        "FP8 dgrad": lambda: fp8_matmul.rows_by_weights(grad, turned, groups, bf16),
+        "FP8 forward": lambda: rows_by_weights(tokens, plain, groups),
+        "FP8 dgrad": lambda: rows_by_weights(grad, turned, groups),
         "FP8 wgrad": lambda: fp8_matmul.columns_by_columns(*columns, groups, bf16),
-        "bf16 forward, grouped_mm": lambda: matmul_by_expert(wide, weight, groups),
+        "bf16 forward": lambda: transformer_engine.rows_by_weights(wide, None, weight, None, splits, out),
+        "bf16 dgrad": lambda: transformer_engine.rows_by_transposed_weights(wide_grad, weight, splits),
+        "bf16 wgrad": lambda: transformer_engine.rows_by_rows(wide_grad, wide, splits),
+        "bf16 forward, grouped_mm": lambda: F.grouped_mm(wide, weight.transpose(1, 2), offs=groups.ends),
         "bf16 forward, mm each": loop,
-        "bf16 forward, Transformer Engine": engine,
-        "bf16 dgrad, grouped_mm": lambda: torch.nn.functional.grouped_mm(wide_grad, weight, offs=groups.ends),
-        "bf16 wgrad, grouped_mm": lambda: torch.nn.functional.grouped_mm(
-            wide_grad.t(), wide, offs=groups.ends
-        ),
+        "bf16 forward, Transformer Engine's own call": engine,
+        "bf16 dgrad, grouped_mm": lambda: F.grouped_mm(wide_grad, weight, offs=groups.ends),
+        "bf16 wgrad, grouped_mm": lambda: F.grouped_mm(wide_grad.t(), wide, offs=groups.ends),
     }
     for product, fn in products.items():
         ms = milliseconds(fn)

@@ -17,7 +17,7 @@ from moe_ep.layers import (
     fp8_quantize,
     swiglu,
 )
-from moe_ep.layers.fp8_experts import Fp8Weights, QuantizedWeight, fp8_experts
+from moe_ep.layers.fp8_experts import Fp8Weights, QuantizedWeight, fp8_experts, fp8_matmul
 from moe_ep.layers.row_groups import RowGroups
 from moe_ep.testing import run_ranks
 
@@ -204,19 +204,44 @@ def test_a_matrix_for_each_expert_is_the_same_as_a_stack(delayed):
 
 def test_weights_are_quantised_again_when_they_change():
     weight = torch.nn.Parameter(random(2, 128, 256))
+
+    def forward(quantized):
+        ((first, pieces),) = quantized.for_forward(weight, trained=True)
+        assert first == 0
+        return pieces
+
     for keep in (False, True):
         quantized = QuantizedWeight(keep)
-        first = quantized.for_forward(weight, trained=True)
-        assert (quantized.for_forward(weight, trained=True) is first) == keep
+        first = forward(quantized)
+        assert (forward(quantized) is first) == keep
         with torch.no_grad():
             weight.mul_(2)
-        second = quantized.for_forward(weight, trained=True)
+        second = forward(quantized)
         assert torch.equal(second.scale_inv, 2 * first.scale_inv)
-        turned = quantized.for_backward(weight).dequantize(torch.float32)
-        assert torch.equal(turned, second.dequantize(torch.float32).transpose(1, 2))
+        ((_, turned),) = quantized.for_backward(weight)
+        expected = second.dequantize(torch.float32).transpose(1, 2)
+        assert torch.equal(turned.dequantize(torch.float32), expected)
         weight.data.mul_(2)  # leaves no trace
         quantized.forget()
-        assert torch.equal(quantized.for_forward(weight, trained=True).scale_inv, 2 * second.scale_inv)
+        assert torch.equal(forward(quantized).scale_inv, 2 * second.scale_inv)
+
+
+@pytest.mark.parametrize("stacked", [True, False])
+def test_weights_are_quantised_some_experts_at_a_time(stacked, monkeypatch):
+    groups = RowGroups(torch.tensor([16, 0, 32, 16, 8]), [16, 0, 32, 16, 8], 72)
+    tokens = fp8.quantize(random(72, 256).requires_grad_())
+    weight = random(5, 128, 256).requires_grad_()
+
+    def run():
+        weights = weight if stacked else weight.unbind()
+        y = fp8_matmul(tokens, weights, groups, QuantizedWeight(keep=False))
+        return y, *torch.autograd.grad(y, (tokens.carrier, weight), torch.ones_like(y))
+
+    expected = run()
+    monkeypatch.setattr("moe_ep.layers.fp8_experts.PIECE_BYTES", 2 * 128 * 256)
+    assert [first for first, _ in QuantizedWeight(False).for_forward(weight, trained=True)] == [0, 2, 4]
+    for got, wanted in zip(run(), expected, strict=True):
+        assert torch.equal(got, wanted)
 
 
 def test_refusals():
