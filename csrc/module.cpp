@@ -25,6 +25,9 @@ void bind(py::module_& module);
 namespace moe_ep::on_stream {
 void bind(py::module_& module);
 }
+namespace moe_ep::deep_ep {
+void bind(py::module_& module);
+}
 
 PYBIND11_MODULE(_C, module) {
   module.doc() = "CUDA kernels of moe_ep. Calls launch on the current device and on the given stream.";
@@ -48,4 +51,6 @@ PYBIND11_MODULE(_C, module) {
   py::module_ on_stream =
       module.def_submodule("on_stream", "What streams do by themselves, without kernels.");
   moe_ep::on_stream::bind(on_stream);
+  py::module_ deep_ep = module.def_submodule("deep_ep", "Numbers around the rows of deep_ep's calls.");
+  moe_ep::deep_ep::bind(deep_ep);
 }

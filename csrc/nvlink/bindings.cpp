@@ -2,8 +2,10 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <map>
 #include <memory>
 #include <optional>
+#include <string>
 #include <tuple>
 #include <vector>
 
@@ -86,6 +88,15 @@ void bind(py::module_& module) {
   module.def("workspace_bytes", &workspace_bytes, py::arg("size"), py::arg("max_tokens"),
              py::arg("num_experts"));
 
+  py::class_<Notes>(module, "Notes", "What csrc/nvlink/plan.h says.")
+      .def(py::init([](Address per_rank, Address per_expert, int num_experts, int max_tokens, Address before,
+                       Address places, Address host) {
+             return Notes{pointer<int>(per_rank), pointer<int>(per_expert), num_experts,           max_tokens,
+                          pointer<int>(before),   pointer<int>(places),     pointer<int64_t>(host)};
+           }),
+           py::arg("per_rank"), py::arg("per_expert"), py::arg("num_experts"), py::arg("max_tokens"),
+           py::arg("before"), py::arg("places"), py::arg("host"));
+
   py::class_<Communicator>(
       module, "Communicator",
       "Launches on its device and the given stream. Addresses and sizes are those of tensors; the "
@@ -95,6 +106,16 @@ void bind(py::module_& module) {
            py::arg("windows"), py::arg("workspace"), py::arg("host"))
       .def("table_words", [](const Communicator& self,
                              int num_tokens) { return PlanTables::words(self.group(), num_tokens); })
+      .def(
+          "table_offsets",
+          [](const Communicator& self) {
+            int* const base = nullptr;
+            const PlanTables tables(base, self.group());
+            return std::map<std::string, int64_t>{{"recv_start", tables.recv_start - base},
+                                                  {"sources", tables.sources - base},
+                                                  {"arrival_rows", tables.arrival_rows - base}};
+          },
+          "Where some of a plan's tables begin, in words.")
       .def_property_readonly("failed",
                              [](const Communicator& self) { return self.group().host->failed != 0; })
       .def("failure", &failure, "(phase, peer, expected, seen) of the first wait that timed out, or None.")
@@ -115,7 +136,7 @@ void bind(py::module_& module) {
           [](const Communicator& self, Address topk_idx, bool is_int64, int num_tokens, bool expert_layout,
              int alignment, int64_t max_rows, bool fixed_rows, Address tables, Address tokens_per_expert,
              Address padded_tokens_per_expert, Address rows_needed, Address ids, int64_t ticket, int num_sms,
-             Address stream) {
+             Address stream, const std::optional<Notes>& notes) {
             const Plan plan{pointer<void>(topk_idx),
                             is_int64,
                             num_tokens,
@@ -130,13 +151,15 @@ void bind(py::module_& module) {
                             pointer<int64_t>(ids),
                             ticket,
                             num_sms,
-                            pointer<CUstream_st>(stream)};
+                            pointer<CUstream_st>(stream),
+                            notes.value_or(Notes{})};
             self.launch([&](const Group& group) { return launch_plan(group, plan); });
           },
           py::arg("topk_idx"), py::arg("is_int64"), py::arg("num_tokens"), py::arg("expert_layout"),
           py::arg("alignment"), py::arg("max_rows"), py::arg("fixed_rows"), py::arg("tables"),
           py::arg("tokens_per_expert"), py::arg("padded_tokens_per_expert"), py::arg("rows_needed"),
-          py::arg("ids"), py::arg("ticket"), py::arg("num_sms"), py::arg("stream"))
+          py::arg("ids"), py::arg("ticket"), py::arg("num_sms"), py::arg("stream"),
+          py::arg("notes") = std::nullopt)
       .def(
           "dispatch",
           [](const Communicator& self, Address rows, int64_t row_bytes, std::optional<DType> quantised_from,

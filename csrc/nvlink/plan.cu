@@ -67,6 +67,16 @@ __device__ __forceinline__ const int16_t* routing_of(const Group& group, int sou
                                           source * group.at.routing_bytes);
 }
 
+// What rank `of` notes for rank `at_rank`: tokens for each rank, rows for each expert of `at_rank`.
+__device__ __forceinline__ int* notes_of(const Group& group, const Plan& plan, int at_rank, int of) {
+  return reinterpret_cast<int*>(group.windows[at_rank] + group.at.routing +
+                                (of + 1) * group.at.routing_bytes - plan.notes.bytes(group));
+}
+
+__device__ __forceinline__ int most_tokens(const Group& group, const Plan& plan) {
+  return plan.notes.per_rank == nullptr ? group.max_tokens : plan.notes.max_tokens;
+}
+
 __device__ __forceinline__ uint64_t* signal(const Group& group, int at_rank, int64_t where, int of) {
   return reinterpret_cast<uint64_t*>(group.windows[at_rank] + where) + of;
 }
@@ -116,6 +126,16 @@ __device__ bool checked_ids(const Group& group, const Plan& plan, int64_t first,
   return bad;
 }
 
+__device__ void send_notes(const Group& group, const Plan& plan) {
+  const Notes& notes = plan.notes;
+  const int experts = notes.experts_of_rank(group), words = group.size + experts;
+  for (int i = blockIdx.x * kThreads + threadIdx.x; i < group.size * words; i += gridDim.x * kThreads) {
+    const int peer = i / words, word = i % words;
+    notes_of(group, plan, peer, group.rank)[word] =
+        word < group.size ? notes.per_rank[word] : notes.per_expert[peer * experts + word - group.size];
+  }
+}
+
 // Writes this rank's routing into every window.
 __device__ bool send_routing(const Group& group, const Plan& plan, uint64_t number) {
   __shared__ unsigned int bad_ids;
@@ -128,7 +148,9 @@ __device__ bool send_routing(const Group& group, const Plan& plan, uint64_t numb
   }
   if (!__syncthreads_and(ready)) return false;
 
-  const int64_t count = static_cast<int64_t>(plan.num_tokens) * group.num_topk;
+  if (plan.notes.per_rank != nullptr) send_notes(group, plan);
+  const int num_tokens = plan.num_tokens <= most_tokens(group, plan) ? plan.num_tokens : 0;
+  const int64_t count = static_cast<int64_t>(num_tokens) * group.num_topk;
   const int64_t pieces = (count + kIds - 1) / kIds;
   bool bad = false;
   for (int64_t piece = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; piece < pieces;
@@ -157,9 +179,11 @@ __device__ bool send_routing(const Group& group, const Plan& plan, uint64_t numb
 }
 
 // Sets the masks of the block of tokens that begins at `first` of rank `source`, and keeps its ids.
-__device__ void read_block(const Group& group, const Shared& shared, int source, int first) {
+__device__ void read_block(const Group& group, const Plan& plan, const Shared& shared, int source,
+                           int first) {
   const int columns = count_columns(group.size, group.num_local);
-  const int num_tokens = __ldcg(&header_of(group, group.rank, source)->num_tokens);
+  const int given = __ldcg(&header_of(group, group.rank, source)->num_tokens);
+  const int num_tokens = given <= most_tokens(group, plan) ? given : 0;
   const int entries = max(0, min(kTokensPerBlock, num_tokens - first)) * group.num_topk;
   __syncthreads();
   for (int i = threadIdx.x; i < columns * kWords; i += kThreads)
@@ -249,6 +273,7 @@ __device__ void number_rows(const Group& group, const Plan& plan, const PlanTabl
     const int rank = id < 0 ? -1 : id / group.num_local;
     const int arrival = shared.before[arrivals] + shared.masks[arrivals].count_before(in_block);
     const bool arrives = shared.masks[arrivals].words[in_block / 32] >> in_block % 32 & 1;
+    const int token = first + in_block;
     int row = -1;  // of (token, k)
     if (arrives) {
       const int expert = rank == group.rank ? id - rank * group.num_local : -1;
@@ -261,13 +286,13 @@ __device__ void number_rows(const Group& group, const Plan& plan, const PlanTabl
       }
       tables.arrival_rows[(static_cast<int64_t>(source) * group.max_tokens + arrival) * num_topk + k] = row;
       if (!plan.expert_layout && arrival_row < plan.max_rows) plan.ids[arrival_row * num_topk + k] = expert;
+      if (k == 0) tables.sources[arrival_row] = token;
     }
-    const int token = first + in_block;
     if (source != group.rank || token >= plan.num_tokens) continue;
-    int entry = PlanTables::kNone;
+    int entry = PlanTables::kNone, place = -1;
     if (rank >= 0) {
       const int column = group.num_local + 1 + rank;
-      const int place = shared.before[column] + shared.masks[column].count_before(in_block);
+      place = shared.before[column] + shared.masks[column].count_before(in_block);
       bool is_first = true, is_last = true;
       for (int other = 0; other < num_topk; ++other) {
         if (ids[other] < 0 || ids[other] / group.num_local != rank) continue;
@@ -283,7 +308,9 @@ __device__ void number_rows(const Group& group, const Plan& plan, const PlanTabl
       }
       if (is_last) entry |= PlanTables::kLast;
     }
-    tables.entries[static_cast<int64_t>(token) * num_topk + k] = entry;
+    const int64_t at = static_cast<int64_t>(token) * num_topk + k;
+    tables.entries[at] = entry;
+    if (plan.notes.per_rank != nullptr) plan.notes.places[at] = place;
   }
 }
 
@@ -305,16 +332,40 @@ __device__ void write_sums(const Group& group, const Plan& plan, const PlanTable
   if (threadIdx.x == 0) {
     *plan.rows_needed = plan.expert_layout ? shared.begin[group.num_local] : shared.sources[group.size];
   }
+  if (plan.notes.per_rank != nullptr && threadIdx.x < group.size) {
+    int sum = 0;
+    for (int source = 0; source <= group.size; ++source) {
+      plan.notes.before[source * group.size + threadIdx.x] = sum;
+      if (source < group.size) sum += __ldcg(notes_of(group, plan, group.rank, source) + threadIdx.x);
+    }
+  }
+}
+
+// To the host.
+__device__ void report_notes(const Group& group, const Plan& plan) {
+  const Notes& notes = plan.notes;
+  for (int expert = threadIdx.x; expert < notes.experts_of_rank(group); expert += kThreads) {
+    int64_t rows = 0;
+    for (int source = 0; source < group.size; ++source) {
+      rows += __ldcg(notes_of(group, plan, group.rank, source) + group.size + expert);
+    }
+    notes.host[1 + expert] = rows;
+  }
+  if (threadIdx.x >= 32) return;
+  int most = 0;
+  for (int source = threadIdx.x; source < group.size; source += 32) {
+    most = max(most, __ldcg(&header_of(group, group.rank, source)->num_tokens));
+  }
+  most = __reduce_max_sync(0xFFFFFFFFu, most);
+  if (threadIdx.x == 0) notes.host[0] = most;
 }
 
 // By the last block of all.
 __device__ void finish(const Group& group, const Plan& plan, const Shared& shared, uint64_t number) {
   Workspace* workspace = group.workspace;
   HostRecord* host = group.host;
-  if (threadIdx.x < group.size) {
-    store_release(signal(group, threadIdx.x, group.at.routing_drained, group.rank), number + 1);
-  }
   if (plan.ticket) {
+    if (plan.notes.per_rank != nullptr) report_notes(group, plan);
     for (int i = threadIdx.x; i < group.num_local; i += kThreads)
       host->tokens_per_expert[i] = shared.total[i];
     if (threadIdx.x < sizeof(host->bad_ranks) / 8) {
@@ -326,6 +377,11 @@ __device__ void finish(const Group& group, const Plan& plan, const Shared& share
     }
   }
   __syncthreads();
+  // Nothing more is read of what they sent. By other warps than the one that reports.
+  const int peer = static_cast<int>(threadIdx.x) - 32;
+  if (peer >= 0 && peer < group.size) {
+    store_release(signal(group, peer, group.at.routing_drained, group.rank), number + 1);
+  }
   if (threadIdx.x != 0) return;
   if (plan.ticket == 0 && workspace->bad_ids) host->bad_ids = 1;
   workspace->bad_ids = 0;
@@ -362,7 +418,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int first_row = blockIdx.x * per_block, end_row = min(rows, first_row + per_block);
   int* counts = reinterpret_cast<int*>(reinterpret_cast<char*>(workspace) + align16(sizeof(Workspace)));
   for (int row = first_row; row < end_row; ++row) {
-    read_block(group, shared, row / per_rank, row % per_rank * kTokensPerBlock);
+    read_block(group, plan, shared, row / per_rank, row % per_rank * kTokensPerBlock);
     for (int i = threadIdx.x; i < columns; i += kThreads) {
       counts[static_cast<int64_t>(row) * columns + i] = shared.masks[i].count();
     }
@@ -392,7 +448,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (blockIdx.x == 0) write_sums(group, plan, tables, shared);
   const int needed = shared.sources[group.size];
   for (int row = first_row; row < end_row; ++row) {
-    if (per_block > 1) read_block(group, shared, row / per_rank, row % per_rank * kTokensPerBlock);
+    if (per_block > 1) read_block(group, plan, shared, row / per_rank, row % per_rank * kTokensPerBlock);
     number_rows(group, plan, tables, shared, row / per_rank, row % per_rank * kTokensPerBlock);
     __syncthreads();
     // Arrivals are counted for each source alone.
@@ -407,6 +463,10 @@ __global__ void __launch_bounds__(kThreads, 1)
          i < end; i += static_cast<int64_t>(gridDim.x) * kThreads) {
       plan.ids[i] = -1;
     }
+    for (int i = needed + blockIdx.x * kThreads + threadIdx.x; i < group.size * group.max_tokens;
+         i += gridDim.x * kThreads) {
+      tables.sources[i] = -1;
+    }
   }
   if (is_last_block<true>(&workspace->blocks_done)) finish(group, plan, shared, number);
 }
@@ -414,6 +474,15 @@ __global__ void __launch_bounds__(kThreads, 1)
 }  // namespace
 
 Status launch_plan(const Group& group, const Plan& plan) {
+  const Notes& notes = plan.notes;
+  if (notes.per_rank != nullptr) {
+    const int64_t ids = align16(static_cast<int64_t>(notes.max_tokens) * group.num_topk * 2);
+    if (ids + notes.bytes(group) > group.at.routing_bytes) {
+      return Status::invalid("the routing of %d tokens and notes of %lld bytes don't fit in %lld bytes",
+                             notes.max_tokens, static_cast<long long>(notes.bytes(group)),
+                             static_cast<long long>(group.at.routing_bytes));
+    }
+  }
   const size_t shared_bytes = Shared::bytes(group.size, group.num_local, group.num_topk);
   const Status status =
       allow_shared_memory(reinterpret_cast<const void*>(&plan_kernel), static_cast<int>(shared_bytes));

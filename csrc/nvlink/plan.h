@@ -4,6 +4,24 @@
 
 namespace moe_ep::nvlink {
 
+// Counts that a rank has of its own tokens, and which travel with its routing, behind the ids; so it must
+// have fewer tokens than there is room for. (deep_ep's V1 has them where its callers can see them.)
+struct Notes {
+  const int* per_rank;    // [R] tokens for each rank; or null: there are no notes
+  const int* per_expert;  // [num_experts] rows for each expert; those of a rank are told to that rank alone
+  int num_experts;        // a multiple of R; not the group's, whose experts may stand for ranks
+  int max_tokens;         // of any rank; what routing there is of one with more is left out
+  int* before;            // out [R + 1][R]: tokens of all ranks before s for each rank
+  int* places;            // out [T, K]: the token's place among those for the rank of (t, k); -1: for none
+  // out, pinned, with a ticket: most tokens of any rank; rows of each expert of this rank
+  volatile int64_t* host;
+
+  __host__ __device__ int experts_of_rank(const Group& group) const { return num_experts / group.size; }
+  __host__ __device__ int64_t bytes(const Group& group) const {
+    return align16(4 * (static_cast<int64_t>(group.size) + experts_of_rank(group)));
+  }
+};
+
 // Exchanges the routing of all ranks and numbers the rows of a dispatch: by source rank and token, and in the
 // expert layout by expert before that. Prefix sums only: every run gives the same numbers.
 struct Plan {
@@ -22,6 +40,7 @@ struct Plan {
   int64_t ticket;                     // not 0: report to the host
   int num_sms;
   cudaStream_t stream;
+  Notes notes{};
 };
 
 Status launch_plan(const Group& group, const Plan& plan);

@@ -27,6 +27,7 @@ struct PlanTables {
   int* expert_begin;  // [L + 1] first row of each expert, in the expert layout
   int* expert_count;  // [L]
   int* send_tokens;   // [R][max_tokens] the token that is arrival j at rank r
+  int* sources;       // [R * max_tokens] the token, on its rank, of each arrival of all ranks, s after s
   int* arrival_rows;  // [R][max_tokens][K] the rows of arrival j of s, by k; -1: none here, or dropped
   int* entries;       // [T][K] where the row of (t, k) is: see below
 
@@ -45,7 +46,8 @@ struct PlanTables {
     expert_begin = recv_start + size + 1;
     expert_count = expert_begin + num_local + 1;
     send_tokens = expert_count + num_local;
-    arrival_rows = send_tokens + pairs;
+    sources = send_tokens + pairs;
+    arrival_rows = sources + pairs;
     entries = arrival_rows + pairs * group.num_topk;
   }
 

@@ -150,6 +150,7 @@ class NvlinkBackend(Backend):
             workspace=self._workspace.data_ptr(),
             host=self._host.data_ptr(),
         )
+        self._table_offsets = self._communicator.table_offsets()
         self._tickets = 0
         self._num_sms: dict[tuple, tuple[int, int]] = {}
         self._last_stream: torch.cuda.Stream | None = None
@@ -157,8 +158,9 @@ class NvlinkBackend(Backend):
         members.all_gather(torch.zeros(1, dtype=torch.int64))  # all memory is there and zero
 
     def plan(
-        self, topk_idx: torch.Tensor, spec: RoutingSpec, num_sms: int | None = None
+        self, topk_idx: torch.Tensor, spec: RoutingSpec, num_sms: int | None = None, notes: object | None = None
     ) -> list[torch.Tensor]:
+        """``notes``: a `Notes` of `moe_ep._C.nvlink`, which travel along."""
         if self._cpu is not None and not topk_idx.is_cuda:
             return self._cpu.plan(topk_idx, spec)
         exact = spec.max_recv_rows is None
@@ -192,6 +194,7 @@ class NvlinkBackend(Backend):
             ticket=self._tickets if exact else 0,
             num_sms=self.num_sms("dispatch", spec.layout, 2, num_tokens, num_sms)[0],
             stream=self.stream(),
+            notes=notes,
         )
         # Before the wait, since dispatch is waited for from the plan's end on.
         tokens_per_expert, padded, needed = counts.split((num_local, num_local, 1))
@@ -378,6 +381,10 @@ class NvlinkBackend(Backend):
             stream=self.stream(),
         )
         return out, topk_weights
+
+    def table(self, name: str, state: Sequence[torch.Tensor], length: int) -> torch.Tensor:
+        """The first numbers of one of a plan's tables, by its name in csrc/nvlink/plan_tables.h; int32."""
+        return state[_TABLES][self._table_offsets[name] :][:length]
 
     def state_devices(self, device: torch.device) -> list[torch.device]:
         on_host = torch.device("cpu")

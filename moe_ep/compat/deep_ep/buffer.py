@@ -239,7 +239,10 @@ class Buffer:
                 )
             check_tokens(x)
             rows, event = self._stream.run(
-                lambda: self._normal.repeat(x, handle, num_sms), tokens_of(x).device, inputs=inputs, **options
+                lambda: self._normal.repeat(x, handle, num_sms),
+                tokens_of(x).device,
+                inputs=[*inputs, handle],
+                **options,
             )
             return rows, None, None, None, None, event
         if num_tokens_per_rank is None or is_token_in_rank is None or num_tokens_per_expert is None:
@@ -295,7 +298,7 @@ class Buffer:
             previous_event=previous_event,
             async_finish=async_finish,
             allocate_on_comm_stream=allocate_on_comm_stream,
-            inputs=[x, topk_weights, *biases],
+            inputs=[x, topk_weights, *biases, handle],
         )
         return *sums, event
 

@@ -32,7 +32,6 @@ Bias = torch.Tensor | tuple[torch.Tensor | None, ...] | None
 
 _QPS_OF_A_BUFFER = 17
 _QPS_OF_A_CALL = 9
-_SCALE_ROWS = 4  # what DeepGEMM's bulk loads of scales want
 
 _streams: dict[int | None, CommStream] = {}
 _lock = threading.Lock()
@@ -279,26 +278,22 @@ class ElasticBuffer(Services):
         overlapped = bool(async_with_compute_stream) and self.prefer_overlap_with_compute
         how = num_sms or None, overlapped
 
-        def work() -> tuple[Received, EPHandle, list[torch.Tensor]]:
+        by_columns = bool(use_tma_aligned_col_major_sf)
+
+        def work() -> tuple[Received, EPHandle]:
             if handle is not None:
-                return in_columns(dispatch_again(self._ranks, x, scales, topk_weights, handle, how)), handle, []
+                return dispatch_again(self._ranks, x, scales, topk_weights, handle, by_columns, how), handle
             received, made = dispatch(
-                self._ranks, x, scales, topk_idx, topk_weights, shape, bool(do_handle_copy), how
+                self._ranks, x, scales, topk_idx, topk_weights, shape, bool(do_handle_copy), by_columns, how
             )
             if stats is not None:
                 with torch.inference_mode(stats.is_inference()):  # such a tensor changes in that mode alone
                     stats.add_(made.routing().tokens_per_expert)
-            return in_columns(received), made, made.tensors()
+            return received, made
 
-        def in_columns(received: Received) -> Received:
-            if scales is None or not use_tma_aligned_col_major_sf:
-                return received
-            return received._replace(scales=_column_major(received.scales))
-
-        known = [] if handle is None else handle.tensors()
-        (received, made, _), event = self._run(
+        (received, made), event = self._run(
             work,
-            [x, scales, topk_idx, topk_weights, stats, *known],
+            [x, scales, topk_idx, topk_weights, stats, handle],
             async_with_compute_stream,
             previous_event,
             previous_event_before_epilogue,
@@ -346,7 +341,7 @@ class ElasticBuffer(Services):
         how = num_sms or handle.num_sms or None, overlapped
         (combined, weights), event = self._run(
             lambda: combine(self._ranks, x, topk_weights, biases, handle, how),
-            [x, topk_weights, *biases, *handle.tensors()],
+            [x, topk_weights, *biases, handle],
             async_with_compute_stream,
             previous_event,
             previous_event_before_epilogue,
@@ -356,7 +351,7 @@ class ElasticBuffer(Services):
     def _run(
         self,
         work: Callable[[], tuple],
-        inputs: list[torch.Tensor | None],
+        inputs: list[object],
         is_async: bool,
         previous_event: Event,
         event_before_epilogue: Event,
@@ -384,11 +379,3 @@ def _comm_stream(group: Group) -> CommStream:
     rank = group.rank if isinstance(group, VirtualGroup) else None
     with _lock:
         return _streams.setdefault(rank, CommStream())
-
-
-def _column_major(scales: torch.Tensor) -> torch.Tensor:
-    """The same ``[rows, packs]`` with strides (1, rows rounded up to 4)."""
-    num_rows, packs = scales.shape
-    columns = scales.new_zeros(packs, elastic_sizes.align(num_rows, _SCALE_ROWS))
-    columns[:, :num_rows] = scales.t()
-    return columns[:, :num_rows].t()

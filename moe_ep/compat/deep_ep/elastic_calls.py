@@ -9,11 +9,16 @@ from typing import NamedTuple
 import torch
 
 from ...backends.base import Routing
+from ...backends.nvlink import NvlinkBackend
 from ...communicator import find
 from ...handle import DispatchHandle
-from .elastic_handle import EPHandle, Sources, slots_at_destination
+from .elastic_handle import EPHandle, slots_at_destination
 from .elastic_sizes import align
-from .transport import Communicators, bring_back, plan, send
+from .elastic_sources import PlannedSources, Sources, TravelledSources
+from .numbers import Column, fill, pack, part
+from .transport import Communicators, bring_back, plan, send_words
+
+_SCALE_ROWS = 4  # what DeepGEMM's bulk loads of scales want
 
 How = tuple[int | None, bool]
 """Multiprocessors, None for moe_ep's choice; whether computation runs beside the call."""
@@ -51,9 +56,10 @@ def dispatch(
     weights: torch.Tensor | None,
     shape: Shape,
     copies_topk_idx: bool,
+    columns: bool,
     how: How,
 ) -> tuple[Received, EPHandle]:
-    """By a new routing."""
+    """By a new routing. ``columns``: the received scales shall lie by columns, as bulk loads want them."""
     num_topk = topk_idx.shape[1]
     num_local = shape.num_experts // ranks.size
     most_pairs = ranks.size * shape.max_tokens
@@ -67,27 +73,23 @@ def dispatch(
         "num_sms": how[0],
     }
     comm = ranks.get(x.shape[1], shape.room, shape.num_experts, num_topk)
+    by_tables = x.is_cuda and isinstance(comm._impl, NvlinkBackend)
+    numbers = _numbers(scales, weights, shape.expand)
+    if not by_tables:
+        first = ranks.rank * shape.max_tokens + 1
+        number = torch.arange(first, first + len(x), dtype=torch.int32, device=x.device).unsqueeze(1)
+        numbers += [number, topk_idx.int()] if shape.expand else [number]
+    words = pack(numbers)
     routing = plan(comm, topk_idx, layout, **options)
     row_routing = None
     if shape.one_by_one:
         # A token for each (token, k). Their rows lie as the others do: by expert, source rank and token.
-        comm = ranks.get(x.shape[1], shape.room * num_topk, shape.num_experts, 1)
-        row_routing = plan(comm, topk_idx.reshape(-1, 1), layout, **options)
+        one_comm = ranks.get(x.shape[1], shape.room * num_topk, shape.num_experts, 1)
+        row_routing = plan(one_comm, topk_idx.reshape(-1, 1), layout, **options)
 
-    first = ranks.rank * shape.max_tokens + 1
-    number = torch.arange(first, first + len(x), dtype=torch.int32, device=x.device).unsqueeze(1)
-    beside = [number, topk_idx.int()] if shape.expand else [number]
-    received, beside = _send(x, scales, weights, routing, topk_idx.dtype, beside, how)
-    sources = Sources(
-        numbers=beside[0].squeeze(1),
-        ids=beside[1] if shape.expand else routing.state[Routing.ROWS],
-        first_expert=ranks.rank * num_local if shape.expand else 0,
-        num_local=num_local,
-        segments=routing.padded_tokens_per_expert if shape.expand else None,
-        num_ranks=ranks.size,
-        max_tokens=shape.max_tokens,
-        static=not shape.exact,
-    )
+    received, words = _send(x, words, scales, weights, routing, topk_idx.dtype, columns, how)
+    make_sources = _planned_sources if by_tables else _travelled_sources
+    sources = make_sources(ranks, shape, routing, words)
     topk_idx = topk_idx.clone() if copies_topk_idx else topk_idx
     handle = _make_handle(ranks, shape, routing, sources, topk_idx, how[0] or 0, most_rows)
     handle._row_routing = row_routing
@@ -102,11 +104,13 @@ def dispatch_again(
     scales: torch.Tensor | None,
     weights: torch.Tensor | None,
     handle: EPHandle,
+    columns: bool,
     how: How,
 ) -> Received:
     """By the routing of a handle."""
     routing = ranks.at_width(handle.routing(), x.shape[1])
-    return _send(x, scales, weights, routing, handle.topk_idx.dtype, [], how)[0]
+    words = pack(_numbers(scales, weights, routing.layout == "expert"))
+    return _send(x, words, scales, weights, routing, handle.topk_idx.dtype, columns, how)[0]
 
 
 def combine(
@@ -148,30 +152,94 @@ def add_in_order(biases: Sequence[torch.Tensor], terms: torch.Tensor, is_there: 
     return total.to(terms.dtype)
 
 
+def _numbers(scales: torch.Tensor | None, weights: torch.Tensor | None, expands: bool) -> list[torch.Tensor]:
+    """What of them travels as words. A row by expert has the weight of that expert, which `moe_ep.dispatch` brings; a
+    plain row those of all its token's experts, here or not."""
+    return [each for each in (scales, None if expands else weights) if each is not None]
+
+
 def _send(
     x: torch.Tensor,
+    words: torch.Tensor | None,
     scales: torch.Tensor | None,
     weights: torch.Tensor | None,
     routing: DispatchHandle,
     idx_dtype: torch.dtype,
-    beside: list[torch.Tensor],
+    columns: bool,
     how: How,
-) -> tuple[Received, list[torch.Tensor]]:
-    """``beside``: more numbers to travel with the rows; those that arrived are the second result."""
-    expand = routing.layout == "expert"
-    # A row by expert has the weight of that expert; a plain row those of all its token's experts, here or not.
-    plain_weights = [] if expand or weights is None else [weights]
-    numbers = [*([] if scales is None else [scales]), *plain_weights, *beside]
+) -> tuple[Received, torch.Tensor | None]:
+    """``words``: the packed `_numbers`, and others behind them, which are the second result as they arrived."""
+    expands = routing.layout == "expert"
+    row_weights = weights.contiguous() if expands and weights is not None else None
     num_sms = _choose_num_sms("dispatch", routing, x.dtype, how)
-    rows, numbers, row_weights = send(
-        x, numbers, weights.contiguous() if expand and weights is not None else None, routing, num_sms
+    rows, words, row_weights = send_words(x, words, row_weights, routing, num_sms)
+    to_fill = []
+    begin = 0
+    recv_scales = None
+    if scales is not None:
+        begin = scales.shape[1]
+        recv_scales = part(words, 0, begin, scales.dtype)
+        if columns or begin < words.shape[1]:
+            travelled = recv_scales
+            recv_scales, target = _empty_scales(travelled, columns)
+            to_fill.append(Column(travelled, target))
+    if not expands and weights is not None:
+        travelled = part(words, begin, weights.shape[1], weights.dtype)
+        begin += weights.shape[1]
+        row_weights = travelled
+        if begin < words.shape[1] or scales is not None:
+            row_weights = travelled.new_empty(travelled.shape)
+            to_fill.append(Column(travelled, row_weights))
+    ids = None
+    if not expands:
+        local = routing.state[Routing.ROWS]
+        ids = torch.empty_like(local, dtype=idx_dtype)  # callers write into theirs
+        to_fill.append(Column(local, ids))
+    fill(to_fill)
+    return Received(rows, recv_scales, ids, row_weights), None if words is None else words[:, begin:]
+
+
+def _empty_scales(like: torch.Tensor, columns: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """``[rows, packs]``, by columns with strides (1, rows rounded up to 4); and the same with what is behind it."""
+    if not columns:
+        scales = like.new_empty(like.shape)
+        return scales, scales
+    num_rows, packs = like.shape
+    whole = like.new_empty(packs, align(num_rows, _SCALE_ROWS)).t()
+    return whole[:num_rows], whole
+
+
+def _travelled_sources(
+    ranks: Communicators, shape: Shape, routing: DispatchHandle, words: torch.Tensor
+) -> Sources:
+    num_local = routing.spec.num_local_experts
+    return TravelledSources(
+        numbers=words[:, 0].contiguous(),
+        ids=words[:, 1 : 1 + routing.spec.num_topk] if shape.expand else routing.state[Routing.ROWS],
+        first_expert=ranks.rank * num_local if shape.expand else 0,
+        num_local=num_local,
+        segments=routing.padded_tokens_per_expert if shape.expand else None,
+        num_ranks=ranks.size,
+        max_tokens=shape.max_tokens,
+        static=not shape.exact,
     )
-    recv_scales = numbers.pop(0) if scales is not None else None
-    if plain_weights:
-        row_weights = numbers.pop(0)
-    # A copy: callers write into theirs.
-    ids = None if expand else routing.state[Routing.ROWS].to(idx_dtype, copy=True)
-    return Received(rows, recv_scales, ids, row_weights), numbers
+
+
+def _planned_sources(ranks: Communicators, shape: Shape, routing: DispatchHandle, _words: object) -> Sources:
+    table = find(routing.communicator_id)._impl.table
+    pairs = ranks.size * shape.room
+    num_topk = routing.spec.num_topk
+    rows = table("arrival_rows", routing.state, pairs * num_topk)
+    return PlannedSources(
+        starts=table("recv_start", routing.state, ranks.size + 1),
+        tokens=table("sources", routing.state, pairs),
+        rows=rows.view(ranks.size, shape.room, num_topk),
+        num_pairs=routing.num_rows if shape.exact and not shape.expand else None,
+        num_ranks=ranks.size,
+        max_tokens=shape.max_tokens,
+        expands=shape.expand,
+        static=not shape.exact,
+    )
 
 
 def _choose_num_sms(op: str, routing: DispatchHandle, dtype: torch.dtype, how: How) -> int | None:

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from ...errors import InvalidInput
 from ...handle import DispatchHandle
+from .elastic_sources import Sources
 from .transport import outside_autograd
 from .utils.event import EventHandle
-
-NO_TOKEN = 0
-"""In place of a token's number plus one."""
 
 
 class EPHandle:
@@ -121,7 +118,7 @@ class EPHandle:
         """All that the dispatch left in it."""
         routings = [each for each in (self.routing(), self._row_routing) if each is not None]
         states = [tensor for routing in routings for tensor in routing.state]
-        return [*states, self._sources.numbers, self._sources.ids]
+        return [*states, *self._sources.tensors()]
 
     def as_dispatched(self, rows: torch.Tensor) -> torch.Tensor:
         """``rows [m, ...]`` in the places that the dispatch gave them, for all its rows.
@@ -146,87 +143,6 @@ class EPHandle:
         if len(rows):
             full[torch.where(places < 0, num_rows, places)] = rows[given.clamp(min=0)]
         return full[:num_rows]
-
-
-@dataclass
-class Sources:
-    """Where the rows of a dispatch came from, by what travelled with them.
-
-    numbers: int32 ``[rows]``, source rank * T + token + 1, or NO_TOKEN. ids: ``[rows, K]``, of which ``first_expert``
-    and the ``num_local - 1`` behind it are of this rank. segments: rows of each local expert in an expanded layout
-    ``[L]``; None for a plain one. static: the host does not know how many tokens have come.
-    """
-
-    numbers: torch.Tensor
-    ids: torch.Tensor
-    first_expert: int
-    num_local: int
-    segments: torch.Tensor | None
-    num_ranks: int
-    max_tokens: int
-    static: bool
-    _metadata: torch.Tensor | None = None
-
-    def arrived(self) -> torch.Tensor:
-        """Whether each number, beginning with NO_TOKEN, is a token that came: int32 ``[R * T + 1]``."""
-        arrived = self.numbers.new_zeros(self.num_ranks * self.max_tokens + 1)
-        arrived[self.numbers.long()] = 1
-        arrived[NO_TOKEN] = 0
-        return arrived
-
-    def ends_by_rank(self) -> torch.Tensor:
-        """psum_num_recv_tokens_per_scaleup_rank."""
-        per_rank = self.arrived()[1:].view(self.num_ranks, self.max_tokens).sum(1)
-        return per_rank.cumsum(0).int()
-
-    def num_tokens(self) -> int:
-        """n, the most there can be without a CPU sync."""
-        if self.static:
-            return self.num_ranks * self.max_tokens
-        return len(self.numbers) if self.segments is None else int(self.arrived().sum())
-
-    def metadata(self) -> torch.Tensor:
-        """recv_src_metadata; the same tensor each time."""
-        if self._metadata is None:
-            self._metadata = self._work_out_metadata()
-        return self._metadata
-
-    def _work_out_metadata(self) -> torch.Tensor:
-        num_topk = self.ids.shape[1]
-        expert_here = self.ids - self.first_expert
-        num_pairs = self.num_tokens()
-        numbers = self.numbers.long()
-        place = (self.arrived().cumsum(0) - 1)[numbers]
-        place = torch.where(numbers == NO_TOKEN, num_pairs, place)  # the last row takes what is nobody's
-        k = torch.arange(1, num_topk + 1, device=numbers.device)
-        is_here = (expert_here >= 0) & (expert_here < self.num_local)
-        highest_k = (is_here * k).amax(1) - 1
-        metadata = self.numbers.new_full((num_pairs + 1, 2 + num_topk), -1)
-        metadata[place, 0] = self.numbers - 1
-        metadata[place, 1] = ((numbers - 1) // self.max_tokens * num_topk + highest_k).int()
-        if self.segments is not None:
-            rows = torch.arange(len(numbers), device=numbers.device)
-            expert = torch.searchsorted(self.segments.cumsum(0), rows, right=True)
-            k_of_row = (expert_here == expert.unsqueeze(1)).int().argmax(1)
-            metadata[place, 2 + k_of_row] = rows.int()
-        return metadata[:num_pairs]
-
-    def match(self, replaced: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rows of the dispatch, and those that the caller's metadata has for them; -1 in both for none."""
-        own = self.metadata()
-        size = self.num_ranks * self.max_tokens
-        index = own.new_full((size + 1,), -1).long()
-        numbers = own[:, 0].long()
-        index[torch.where(numbers < 0, size, numbers)] = torch.arange(len(own), device=own.device)
-        wanted = replaced[:, 0].long()
-        pairs = index[torch.where(wanted < 0, size, wanted)]
-        pairs = torch.where(wanted < 0, -1, pairs)
-        if self.segments is None:
-            return pairs, torch.arange(len(replaced), device=own.device)
-        rows = own[pairs.clamp(min=0), 2:].long()
-        given = replaced[:, 2:].long()
-        rows = torch.where((given < 0) | (pairs < 0).unsqueeze(1), -1, rows)
-        return rows.flatten(), given.flatten()
 
 
 def slots_at_destination(

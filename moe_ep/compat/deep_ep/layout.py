@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
 
+from ... import _extension
 from .config import NVL_PEERS
 
 
@@ -23,6 +25,41 @@ def dispatch_layout(topk_idx: torch.Tensor, num_experts: int, num_ranks: int) ->
 
     Ids outside [0, E) name no expert.
     """
+    num_nodes = -(-num_ranks // NVL_PEERS) if num_ranks > NVL_PEERS else 0
+    if topk_idx.is_cuda and (kernels := _extension.load_for(topk_idx.device)) is not None:
+        limits = kernels.deep_ep
+        num_counts = num_ranks + num_nodes + num_experts
+        if num_ranks <= limits.MAX_LAYOUT_RANKS and num_counts <= limits.MAX_LAYOUT_COUNTS:
+            return _layout_by_kernel(topk_idx.contiguous(), num_experts, num_ranks, num_nodes, kernels)
+    return layout_by_torch(topk_idx, num_experts, num_ranks)
+
+
+def _layout_by_kernel(
+    topk_idx: torch.Tensor, num_experts: int, num_ranks: int, num_nodes: int, kernels: ModuleType
+) -> Layout:
+    device = topk_idx.device
+    num_tokens, num_topk = topk_idx.shape
+    counts = torch.empty(num_ranks + num_nodes + num_experts, dtype=torch.int32, device=device)
+    in_rank = torch.empty((num_tokens, num_ranks), dtype=torch.bool, device=device)
+    with torch.cuda.device(device):
+        kernels.deep_ep.dispatch_layout(
+            topk_idx=topk_idx.data_ptr(),
+            is_int64=topk_idx.dtype == torch.int64,
+            num_tokens=num_tokens,
+            num_topk=num_topk,
+            num_ranks=num_ranks,
+            num_experts=num_experts,
+            num_nodes=num_nodes,
+            counts=counts.data_ptr(),
+            is_token_in_rank=in_rank.data_ptr(),
+            stream=torch._C._cuda_getCurrentRawStream(device.index),
+        )
+    per_rank, per_node, per_expert = counts.split((num_ranks, num_nodes, num_experts))
+    return Layout(per_rank, per_node if num_nodes else None, per_expert, in_rank)
+
+
+def layout_by_torch(topk_idx: torch.Tensor, num_experts: int, num_ranks: int) -> Layout:
+    """`dispatch_layout` by torch's operators."""
     is_none = (topk_idx < 0) | (topk_idx >= num_experts)
     ranks = torch.where(is_none, num_ranks, topk_idx // (num_experts // num_ranks)).long()
     in_rank = _marks(ranks, num_ranks)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -10,13 +9,12 @@ import torch
 from ...errors import InvalidInput
 from . import layout, transport
 from .config import topk_idx_t
-from .elastic_sizes import align
-from .routing import ROW_WORDS_MULTIPLE, AllGather, RankRouting
+from .normal_plan import PlanByKernels, PlanByMessages, Room
+from .numbers import Column, Ids, fill, part
+from .routing import RankRouting
 from .transport import Communicators
 
 Tokens = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
-
-_LEAST_ROOM = 64
 
 
 class Handle(tuple):
@@ -40,6 +38,10 @@ class Handle(tuple):
         handle.routing = routing
         return handle
 
+    def tensors(self) -> list[torch.Tensor]:
+        """All that it holds."""
+        return [*self, *self.routing.tensors()]
+
 
 class Received(NamedTuple):
     """``topk_idx`` (local) and ``topk_weights`` are None, if none were sent; ``counts`` is empty in fixed size."""
@@ -56,10 +58,9 @@ class NormalMode:
 
     def __init__(self, communicators: Communicators, max_tokens: int | None) -> None:
         self.communicators = communicators
-        self._all_gather = AllGather(communicators)
-        self._max_tokens = max_tokens
-        self._room = max_tokens or 0
-        self._bounds_seen: set[int] = set()
+        self._room = Room(communicators, max_tokens)
+        self._by_messages = PlanByMessages(communicators, self._room)
+        self._by_kernels = PlanByKernels(communicators, self._room)
 
     def dispatch(
         self,
@@ -71,33 +72,41 @@ class NormalMode:
         num_worst_tokens: int,
         num_sms: int,
     ) -> Received:
-        rank = self.communicators.rank
-        num_tokens, num_experts = len(sent.is_token_in_rank), len(sent.num_tokens_per_expert)
-        self._check_room(num_tokens, num_worst_tokens)
-        counts = self._exchange_counts(num_tokens, sent)
-        sizes = self._sizes(counts, num_worst_tokens)
-        num_rows = num_worst_tokens or sizes.rows_for(rank)
-        routing = RankRouting(self.communicators, sent.is_token_in_rank, self._room, num_rows)
-
-        numbers = [layout.token_numbers(num_tokens, tokens_of(x).device)]
+        data, scales = x if isinstance(x, tuple) else (x, None)
+        self._room.check(len(data), num_worst_tokens)
+        numbers = [] if scales is None else [scales]
         if topk_idx is not None:
-            numbers += [layout.pack_ids(topk_idx), topk_weights]
-        rows, (sources, *topk) = _send(routing, x, numbers, num_sms)
-        recv_idx = recv_weights = None
-        if topk_idx is not None:
-            local_experts = num_experts // self.communicators.size
-            recv_idx, is_elsewhere = layout.local_ids(topk[0], rank, local_experts, topk_idx.dtype)
-            recv_weights = topk[1].masked_fill_(is_elsewhere, 0.0)
-        tensors = (
-            counts[:, 1 : 1 + self.communicators.size].cumsum(0, dtype=torch.int32),
-            sent.num_tokens_per_rank.unsqueeze(1),
-            torch.zeros_like(sent.num_tokens_per_rank).unsqueeze(1),
-            sources.flatten() - 1,
-            sent.is_token_in_rank,
-            layout.positions(sent.is_token_in_rank),
+            numbers += [Ids(topk_idx), topk_weights]
+        uses_kernels = data.is_cuda and self.communicators.nvlink() is not None
+        plan = self._by_kernels if uses_kernels else self._by_messages
+        planned, words = plan(data, sent, numbers, num_worst_tokens, num_sms)
+        routing = planned.routing
+        rows, words = routing.send_packed(data, words, routing.num_sms(data, num_sms))
+        local_experts = len(sent.num_tokens_per_expert) // self.communicators.size
+        arrived = unpack_received(
+            words,
+            scales,
+            topk_idx,
+            first_expert=self.communicators.rank * local_experts,
+            num_local=local_experts,
+            with_sources=planned.sources is None,
         )
-        per_expert = [] if num_worst_tokens else sizes.experts_of(rank, num_experts, expert_alignment)
-        return Received(rows, recv_idx, recv_weights, per_expert, Handle.make(tensors, routing))
+        tensors = (
+            planned.before[1:],
+            sent.num_tokens_per_rank.unsqueeze(1),
+            planned.before[0].unsqueeze(1),
+            arrived.sources if planned.sources is None else planned.sources,
+            sent.is_token_in_rank,
+            planned.places,
+        )
+        aligned = [-(-count // expert_alignment) * expert_alignment for count in planned.per_expert]
+        return Received(
+            rows if scales is None else (rows, arrived.scales),
+            arrived.topk_idx,
+            arrived.topk_weights,
+            aligned,
+            Handle.make(tensors, routing),
+        )
 
     def repeat(self, x: Tokens, handle: Handle, num_sms: int) -> Tokens:
         """Dispatch by the routing of an earlier one."""
@@ -127,72 +136,55 @@ class NormalMode:
             raise InvalidInput(f"handle is a {type(handle).__name__}; it must be what dispatch returned")
         return handle.routing
 
-    def _exchange_counts(self, num_tokens: int, sent: layout.Layout) -> torch.Tensor:
-        """int32 ``[R, 1 + R + E + n]`` by source rank: tokens; those to each rank, to each expert; what fills a row."""
-        per_rank, per_expert = sent.num_tokens_per_rank, sent.num_tokens_per_expert
-        behind_ranks = 1 + len(per_rank)
-        end = behind_ranks + len(per_expert)
-        words = per_rank.new_full((align(end, ROW_WORDS_MULTIPLE),), num_tokens)
-        words[1:behind_ranks] = per_rank
-        words[behind_ranks:end] = per_expert
-        return self._all_gather(words.unsqueeze(0)).squeeze(1)
 
-    def _sizes(self, counts: torch.Tensor, num_worst_tokens: int) -> _Sizes:
-        """What the host has to know. It waits for the device, unless the number of rows is given and the room known.
+class Arrived(NamedTuple):
+    """Numbers that have travelled with rows; None for those that were not sent."""
 
-        Every rank comes to the same room, from the same numbers.
-        """
-        if num_worst_tokens and (self._max_tokens or num_worst_tokens in self._bounds_seen):
-            return _Sizes([], self.communicators.size)
-        if counts.is_cuda and torch.cuda.is_current_stream_capturing():
-            raise InvalidInput(
-                f"num_worst_tokens={num_worst_tokens} is new while a CUDA graph is captured; dispatch once before with "
-                "the same number, or make the Buffer with max_tokens_per_rank"
-            )
-        sizes = _Sizes(counts.tolist(), self.communicators.size)
-        if self._max_tokens is None:
-            needed = max(sizes.most_tokens, -(-num_worst_tokens // self.communicators.size))
-            self._room = max(self._room, _rounded_room(needed))
-        if num_worst_tokens:
-            self._bounds_seen.add(num_worst_tokens)
-        return sizes
-
-    def _check_room(self, num_tokens: int, num_worst_tokens: int) -> None:
-        limit = self._max_tokens
-        if limit is None and num_worst_tokens in self._bounds_seen:
-            limit = self._room
-        if limit is not None and num_tokens > limit:
-            raise InvalidInput(
-                f"x has {num_tokens} tokens; this Buffer has room for {limit} of a rank"
-                + (
-                    ""
-                    if self._max_tokens
-                    else f", as found at the first call with num_worst_tokens={num_worst_tokens}"
-                )
-                + ": make it with a larger max_tokens_per_rank"
-            )
+    scales: torch.Tensor | None
+    topk_idx: torch.Tensor | None
+    topk_weights: torch.Tensor | None
+    sources: torch.Tensor | None
 
 
-@dataclass(frozen=True)
-class _Sizes:
-    """Counts of tokens on the host; see `NormalMode._exchange_counts`."""
+def unpack_received(
+    words: torch.Tensor | None,
+    scales: torch.Tensor | None,
+    topk_idx: torch.Tensor | None,
+    *,
+    first_expert: int,
+    num_local: int,
+    with_sources: bool,
+) -> Arrived:
+    """From the ``words`` of rows: like ``scales``, like ``topk_idx``, and their weights; tokens' numbers."""
+    recv_scales = recv_idx = recv_weights = sources = None
+    columns = []
+    begin = 0
 
-    counts: list[list[int]]
-    num_ranks: int
+    def take(width: int, dtype: torch.dtype) -> torch.Tensor:
+        nonlocal begin
+        begin += width
+        return part(words, begin - width, width, dtype)
 
-    @property
-    def most_tokens(self) -> int:
-        return max(row[0] for row in self.counts)
-
-    def rows_for(self, rank: int) -> int:
-        return sum(row[1 + rank] for row in self.counts)
-
-    def experts_of(self, rank: int, num_experts: int, alignment: int) -> list[int]:
-        """Tokens of each of the rank's experts, rounded up."""
-        local = num_experts // self.num_ranks
-        first = 1 + self.num_ranks + rank * local
-        totals = [sum(row[e] for row in self.counts) for e in range(first, first + local)]
-        return [-(-total // alignment) * alignment for total in totals]
+    if scales is not None:
+        travelled = take(scales.shape[1], scales.dtype)
+        if travelled.shape == words.shape:
+            recv_scales = travelled
+        else:
+            recv_scales = travelled.new_empty(travelled.shape)
+            columns.append(Column(travelled, recv_scales))
+    if topk_idx is not None:
+        num_topk = topk_idx.shape[1]
+        ids = take(num_topk, torch.int32)
+        weights = take(num_topk, torch.float32)
+        recv_idx = topk_idx.new_empty(ids.shape)
+        recv_weights = weights.new_empty(weights.shape)
+        here = {"first": first_expert, "count": num_local}
+        columns.append(Column(ids, recv_idx, "local", **here))
+        columns.append(Column(weights, recv_weights, "masked", ids=ids, **here))
+    fill(columns)
+    if with_sources:
+        sources = take(1, torch.int32).flatten() - 1
+    return Arrived(recv_scales, recv_idx, recv_weights, sources)
 
 
 def tokens_of(x: Tokens) -> torch.Tensor:
@@ -255,9 +247,3 @@ def _check_count(name: str, x: torch.Tensor, count: int, what: str) -> None:
     transport.check_rows(name, x)
     if x.shape[0] != count:
         raise InvalidInput(f"{name} has {x.shape[0]} {what}; the dispatch of this handle had {count}")
-
-
-def _rounded_room(num_tokens: int) -> int:
-    """With some to spare, so that slowly growing numbers don't make a communicator each; 4096 stays 4096."""
-    step = max(_LEAST_ROOM, (1 << max(0, num_tokens - 1).bit_length()) // 16)
-    return max(step, -(-num_tokens // step) * step)

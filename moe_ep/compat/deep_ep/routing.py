@@ -23,18 +23,27 @@ class RankRouting:
     """Where ``is_token_in_rank [T, R]`` (bool) sends this rank's tokens.
 
     max_tokens: the largest T of all ranks, or more. num_rows: rows that arrive here, or room for them. Planned, which
-    is collective, when rows first move.
+    is collective, when rows first move, unless it is given as ``planned``.
     """
 
     def __init__(
-        self, communicators: Communicators, is_token_in_rank: torch.Tensor, max_tokens: int, num_rows: int
+        self,
+        communicators: Communicators,
+        is_token_in_rank: torch.Tensor,
+        max_tokens: int,
+        num_rows: int,
+        planned: DispatchHandle | None = None,
     ) -> None:
         self._communicators = communicators
         self._is_token_in_rank = is_token_in_rank
         self.max_tokens = max_tokens
         self.num_tokens = is_token_in_rank.shape[0]
         self.num_rows = num_rows
-        self._planned: DispatchHandle | None = None
+        self._planned = planned
+
+    def tensors(self) -> list[torch.Tensor]:
+        """All that it holds."""
+        return [self._is_token_in_rank, *(self._planned.state if self._planned is not None else ())]
 
     def send(
         self, x: torch.Tensor, numbers: Sequence[torch.Tensor] = (), num_sms: int | None = None
@@ -43,6 +52,13 @@ class RankRouting:
         handle = self._for(self._communicator(x), num_sms)
         rows, numbers, _ = transport.send(x, numbers, None, handle, num_sms)
         return rows, numbers
+
+    def send_packed(
+        self, x: torch.Tensor, words: torch.Tensor | None, num_sms: int | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """`send` of numbers that have been packed, if any; they come packed."""
+        handle = self._for(self._communicator(x), num_sms)
+        return transport.send_words(x, words, None, handle, num_sms)[:2]
 
     def bring_back(
         self, rows: torch.Tensor, biases: Sequence[torch.Tensor] = (), num_sms: int | None = None

@@ -35,9 +35,11 @@ class CommStream:
         previous_event: EventOverlap | EventHandle | None = None,
         async_finish: bool = False,
         allocate_on_comm_stream: bool = False,
-        inputs: Iterable[torch.Tensor | None] = (),
+        inputs: Iterable[object] = (),
     ) -> tuple[Result, EventOverlap]:
         """``call()`` by deep_ep V1's rules; tensors in the result belong to the current stream as well.
+
+        ``inputs``: tensors, and handles, that the call reads.
 
         Synchronous: behind ``previous_event`` and the current stream's work, which goes on behind the call. It runs
         on the current stream itself, which orders the same and costs no events. Asynchronous: on the communication
@@ -58,7 +60,7 @@ class CommStream:
                 if event is not None:
                     event.current_stream_wait()
                 return call(), EventOverlap()
-            return self._run_async(call, device, event, [t for t in inputs if t is not None])
+            return self._run_async(call, device, event, list(_tensors(list(inputs))))
 
     def _run_async(
         self,
@@ -87,8 +89,11 @@ class CommStream:
 
 
 def _tensors(result: object) -> Iterable[torch.Tensor]:
+    """Also those that a handle holds, which has a method for it."""
     if isinstance(result, torch.Tensor):
         yield result
+    elif hasattr(result, "tensors"):
+        yield from result.tensors()
     elif isinstance(result, (tuple, list)):
         for item in result:
             yield from _tensors(item)

@@ -23,12 +23,12 @@ from ...communicator import Communicator, find
 from ...errors import InvalidInput
 from ...functional import dispatch
 from ...handle import DispatchHandle
+from .numbers import pack, unpack
 
 Group = dist.ProcessGroup | VirtualGroup | None
 Result = TypeVar("Result")
 
 ROW_BYTES_MULTIPLE = 16
-_WORDS_MULTIPLE = 4  # whole 16 bytes go by the kernels' bulk copies
 
 
 def outside_autograd(method: Callable[..., Result]) -> Callable[..., Result]:
@@ -157,8 +157,9 @@ def plan(
     alignment: int = 1,
     max_recv_rows: int | None = None,
     num_sms: int | None = None,
+    notes: object | None = None,
 ) -> DispatchHandle:
-    """Exchange the routing ``topk_idx [T, K]``, without sending a row."""
+    """Exchange the routing ``topk_idx [T, K]``, without sending a row. ``notes``: of `NvlinkBackend.plan`."""
     spec = RoutingSpec(
         comm.num_experts,
         comm.num_local_experts,
@@ -168,8 +169,12 @@ def plan(
         alignment,
         max_recv_rows,
     )
-    state = ops.plan(topk_idx.contiguous(), comm.id, spec, _available(num_sms, comm.id))
-    return DispatchHandle(comm.id, spec, state)
+    num_sms = _available(num_sms, comm.id)
+    if notes is None:
+        state = ops.plan(topk_idx.contiguous(), comm.id, spec, num_sms)
+    else:
+        state = comm._impl.plan(topk_idx.contiguous(), spec, num_sms, notes)
+    return DispatchHandle(comm.id, spec, tuple(state))
 
 
 def for_width(routing: DispatchHandle, comm: Communicator) -> DispatchHandle:
@@ -193,14 +198,26 @@ def send(
 
     Returns rows ``[N, H]``, numbers ``[N, n]``, row weights. Rows without a token are zeros, also in the numbers.
     """
+    rows, words, row_weights = send_words(x, pack(numbers), weights, routing, num_sms)
+    return rows, [] if words is None else unpack(words, numbers), row_weights
+
+
+def send_words(
+    x: torch.Tensor,
+    words: torch.Tensor | None,
+    weights: torch.Tensor | None,
+    routing: DispatchHandle,
+    num_sms: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """`send` of numbers that have been packed, if any; they come packed."""
     parts = [Part(x.view(torch.uint8) if x.element_size() == 1 else x)]
-    if numbers:
-        parts.append(Part(_pack(numbers), padding=0))
+    if words is not None:
+        parts.append(Part(words, padding=0))
     comm_id = routing.communicator_id
     out, row_weights = ops.dispatch(
         parts, weights, comm_id, routing.spec, routing.state, _available(num_sms, comm_id)
     )
-    return out[0].view(x.dtype), _unpack(out[1], numbers) if numbers else [], row_weights
+    return out[0].view(x.dtype), None if words is None else out[1], row_weights
 
 
 def bring_back(
@@ -254,25 +271,3 @@ def check_numbers(
         )
         wanted = ", ".join("any" if size is None else str(size) for size in shape)
         raise InvalidInput(f"{name} is {seen}; it must be {dtype} of shape ({wanted})")
-
-
-def _pack(numbers: Sequence[torch.Tensor]) -> torch.Tensor:
-    """int32 ``[T, words]``."""
-    words = [part.contiguous().view(torch.int32) for part in numbers]
-    if len(words) == 1:
-        return words[0]
-    width = sum(part.shape[1] for part in words)
-    missing = -width % _WORDS_MULTIPLE
-    widest = max(words, key=lambda part: part.shape[1])
-    filling = widest[:, :1].expand(-1, missing)  # which nobody reads
-    return torch.cat([*words, filling], dim=1)
-
-
-def _unpack(words: torch.Tensor, like: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    parts = []
-    begin = 0
-    for part in like:
-        end = begin + part.shape[1]
-        parts.append(words[:, begin:end].contiguous().view(part.dtype))
-        begin = end
-    return parts
