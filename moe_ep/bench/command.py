@@ -16,6 +16,7 @@ from . import (
     arguments,
     collective,
     collective_report,
+    deep_ep,
     layer_command,
     low_latency,
     overlap_command,
@@ -53,6 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--png", type=Path, metavar="FILE", help="draw the results here")
     layer_command.add_arguments(parser)
     low_latency.add_arguments(parser)
+    deep_ep.add_arguments(parser)
     overlap_command.add_arguments(parser)
 
 
@@ -61,6 +63,8 @@ def run(args: argparse.Namespace) -> int:
         return layer_command.run(args)
     if args.low_latency:
         return low_latency.run(args)
+    if args.deep_ep:
+        return deep_ep.run(args)
     if args.overlap:
         return overlap_command.run(args)
     if args.trace is not None:
