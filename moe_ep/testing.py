@@ -35,7 +35,10 @@ def run_ranks(
 
     ``communicator_arguments`` are those of `Communicator`. An exception in one rank ends the others' waiting and is
     raised here, at once. With ``device="cuda"`` the ranks share a GPU: each thread has a stream of its own, and its
-    kernels a share of the multiprocessors.
+    kernels a share of the multiprocessors. Kernels of ranks wait for each other, so what makes a thread wait for the
+    whole device, before it has launched what the others wait for, ends in a PeerTimeoutError: a library that loads a
+    kernel at its first use (run the same on one rank before), or a thousand launches on a stream that nothing has
+    waited for.
 
     >>> def fn(comm):
     ...     x = torch.full((1, 4), float(comm.rank))
@@ -80,6 +83,8 @@ def run_ranks(
             thread.join(0.05)
     if errors:
         raise errors[0]
+    if on.type == "cuda":
+        torch._C._cuda_clearCublasWorkspaces()  # torch keeps one for each handle and stream, both of which were new
     return results
 
 

@@ -39,6 +39,23 @@ def ranks(mode, fn):
     return run_ranks(NUM_RANKS, fn, device="cuda", timeout_s=20.0, **sizes(mode))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def loaded_libraries():
+    """Libraries load kernels at their first use and wait for the device then: one rank, which waits for nobody, goes
+    first."""
+    with random_delays():
+        for mode in MODES:
+            for how in HOW:
+                run_ranks(1, lambda comm: run_once(comm, mode, how), device="cuda", **sizes(mode))
+
+
+def run_once(comm, mode, how):
+    step = make_step(comm, mode, how)
+    for one_stream in (True, False):
+        step(one_stream=one_stream)
+    torch.cuda.current_stream().synchronize()
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_streams(mode):
     """Communication has a stream of its own in both directions, and computation keeps the caller's."""
