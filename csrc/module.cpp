@@ -16,6 +16,9 @@ void bind(py::module_& module);
 namespace moe_ep::grouped_gemm {
 void bind(py::module_& module);
 }
+namespace moe_ep::router {
+void bind(py::module_& module);
+}
 namespace moe_ep::nvlink {
 void bind(py::module_& module);
 }
@@ -43,6 +46,8 @@ PYBIND11_MODULE(_C, module) {
   py::module_ grouped_gemm =
       module.def_submodule("grouped_gemm", "A matrix product for each expert, by Transformer Engine.");
   moe_ep::grouped_gemm::bind(grouped_gemm);
+  py::module_ router = module.def_submodule("router", "Experts and weights of tokens, from logits.");
+  moe_ep::router::bind(router);
   py::module_ nvlink =
       module.def_submodule("nvlink", "Dispatch and combine between GPUs that reach each other's memory.");
   moe_ep::nvlink::bind(nvlink);

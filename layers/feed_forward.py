@@ -12,6 +12,7 @@ from torch import nn
 from moe_ep.validate import check_fp8_mode
 
 from .fp8_linear import Fp8Linear, fp8_activation
+from .swiglu import kernels_for, weighted_swiglu
 from .weight_gradients import Linear
 
 
@@ -72,6 +73,11 @@ class SharedExperts(FeedForward):
 
 
 def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
-    """``silu(gate) * up`` for ``gate_up [..., 2F]``, gate first; ``[..., F]``."""
+    """``silu(gate) * up`` for ``gate_up [..., 2F]``, gate first; ``[..., F]``. By the kernels of `swiglu` it is rounded
+    once, otherwise after each of the two operations.
+    """
+    rows_NG = gate_up.reshape(-1, gate_up.shape[-1])
+    if kernels_for(rows_NG, None, multiple=8) is not None:
+        return weighted_swiglu(rows_NG, None).view(*gate_up.shape[:-1], gate_up.shape[-1] // 2)
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate) * up

@@ -1,4 +1,4 @@
-"""silu(gate) * up * weight, the activation of routed experts, as one operation forward and one backward.
+"""silu(gate) * up * weight, the activation of experts, as one operation forward and one backward.
 
 In float32 (float64 for float64), each operation rounded by itself and the result once:
 
@@ -9,13 +9,12 @@ In float32 (float64 for float64), each operation rounded by itself and the resul
     grad_weight = sum over the row of grad * (gate * probability * up)
 
 `csrc/swiglu` does the same on a GPU; its results have the bits of the functions here run on that GPU, but for the order
-of the sum.
+of the sum. Gradients of gradients are plain torch's.
 """
 
 from __future__ import annotations
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from moe_ep import _extension
 from moe_ep.streams import named_range
@@ -85,9 +84,11 @@ class _WeightedSwiglu(torch.autograd.Function):
         return out_NF
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_NF):
         gate_up_NG, weights_N = ctx.saved_tensors
+        if torch.is_grad_enabled():  # the gradient will be differentiated
+            grad_NG, grad_weights_N = differentiate_torch(gate_up_NG, weights_N, grad_NF)
+            return grad_NG.to(gate_up_NG.dtype), grad_weights_N
         grad_NG = torch.empty_like(gate_up_NG)
         with named_range("moe_ep.experts.swiglu.backward"):
             grad_weights_N = launch_backward(gate_up_NG, weights_N, grad_NF.contiguous(), grad=grad_NG)

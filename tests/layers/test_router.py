@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from moe_ep.layers import ModelConfig, Router
-from moe_ep.layers.router import sequence_balance_loss, stable_topk
+from moe_ep.layers.routing import sequence_balance_loss, stable_topk
 
 
 def make_router(**overrides) -> Router:
