@@ -5,7 +5,7 @@ import hybrid_cases
 import pytest
 import torch
 from cases import Case
-from exercise import assert_same_bits
+from exercise import assert_same_bits, settle
 from test_elastic import assert_results as assert_elastic
 from test_hybrid import assert_results as assert_hybrid
 
@@ -35,6 +35,33 @@ def test_elastic(case, mode):
 def test_hybrid(case, call):
     results = run(case, lambda comm: hybrid_cases.run(case, call, comm._impl.group, comm.rank, "cuda"))
     assert_hybrid(case, call, results)
+
+
+@pytest.mark.parametrize("expand", [False, True])
+def test_what_a_handle_works_out_it_reads_behind_an_asynchronous_dispatch(expand):
+    case = CASES[len(elastic_cases.cases(1))]
+    names = ("psum_num_recv_tokens_per_scaleup_rank", "recv_src_metadata", "psum_num_recv_tokens_per_expert")
+
+    def fn(comm):
+        buffer = ElasticBuffer(
+            comm._impl.group, num_max_tokens_per_rank=elastic_cases.max_tokens(case), hidden=case.hidden
+        )
+        inputs = case.inputs(comm.rank, "cuda")
+        options = {"num_experts": case.num_experts, "do_cpu_sync": False, "do_expand": expand}
+        for _ in range(3):  # the first one makes what takes the host's time
+            *_, handle, event = buffer.dispatch(
+                inputs.x, inputs.topk_idx, async_with_compute_stream=True, **options
+            )
+            early = [getattr(handle, name) for name in names]
+            event.current_stream_wait()
+        settle("cuda")
+        return [each.cpu() for each in early]
+
+    mode = elastic_cases.Mode("early", expand=expand, exact=False)
+    for rank, values in enumerate(run(case, fn)):
+        wanted = elastic_cases.expected_dispatch(case, mode, rank)
+        for name, value in zip(names, values, strict=True):
+            assert_same_bits(value, wanted[name], name)
 
 
 @pytest.mark.parametrize("expand", [False, True])

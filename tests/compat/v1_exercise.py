@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import torch
 from cases import Case
-from exercise import assert_same_bits
+from exercise import assert_same_bits, settle
 from torch import Tensor
 
 from moe_ep.compat import deep_ep
@@ -35,11 +35,13 @@ def weights_back(case: Case, rank: int, num_rows: int) -> Tensor:
     return case.values(rank, "weights back", num_rows, case.num_topk, dtype=torch.float32)
 
 
-def run_v1(case: Case, group, async_finish: bool = False, config=None, **buffer_arguments) -> Results:
-    """On one rank; every result by name."""
+def run_v1(
+    case: Case, group, async_finish: bool = False, config=None, device="cpu", **buffer_arguments
+) -> Results:
+    """On one rank; every result by name, on the CPU."""
     buffer = deep_ep.Buffer(group, 0, 0, explicitly_destroy=True, timeout_s=30, **buffer_arguments)
     rank = buffer.rank
-    mine = case.inputs(rank)
+    mine = case.inputs(rank, device)
     options = {"config": config, "async_finish": async_finish}
     if async_finish:
         options |= {"previous_event": deep_ep.Buffer.capture(), "allocate_on_comm_stream": True}
@@ -48,6 +50,10 @@ def run_v1(case: Case, group, async_finish: bool = False, config=None, **buffer_
         assert isinstance(event, deep_ep.EventOverlap)
         assert (event.event is not None) == async_finish
         event.current_stream_wait() if async_finish else None
+        settle(device)
+
+    def scaled():
+        return make_bytes(case, rank).to(device), make_scales(case, rank).to(device)
 
     per_rank, per_node, per_expert, in_rank, event = buffer.get_dispatch_layout(
         mine.topk_idx, case.num_experts, **{k: v for k, v in options.items() if k != "config"}
@@ -69,9 +75,10 @@ def run_v1(case: Case, group, async_finish: bool = False, config=None, **buffer_
     results |= {"recv_x": recv_x, "recv_idx": recv_idx, "recv_weights": recv_weights}
     results |= {"counts": torch.tensor(counts), "prefix": handle[0], "src_idx": handle[3]}
 
-    rows = case.expert_rows(rank, len(recv_x))
+    rows = case.expert_rows(rank, len(recv_x), device)
+    back_weights = weights_back(case, rank, len(rows)).to(device)
     for number, bias in enumerate((None, *_biases(mine.biases))):
-        y, back, event = buffer.combine(rows, handle, weights_back(case, rank, len(rows)), bias, **options)
+        y, back, event = buffer.combine(rows, handle, back_weights, bias, **options)
         done(event)
         results |= {f"y{number}": y, f"weights_back{number}": back}
     y, back, event = buffer.combine(rows, handle, **options)
@@ -85,17 +92,13 @@ def run_v1(case: Case, group, async_finish: bool = False, config=None, **buffer_
     done(again[-1])
     assert again[1:5] == (None,) * 4
     results["again"] = again[0]
-    (data, scales), *rest = buffer.dispatch(
-        (make_bytes(case, rank), make_scales(case, rank)), handle=handle, **options
-    )
+    (data, scales), *rest = buffer.dispatch(scaled(), handle=handle, **options)
     done(rest[-1])
     assert scales.is_contiguous()
     results |= {"again_bytes": data.view(torch.uint8), "again_scales": scales}
 
     # Without top-k, and with bytes and scales.
-    (data, scales), *rest = buffer.dispatch(
-        (make_bytes(case, rank), make_scales(case, rank)), **layout, **options
-    )
+    (data, scales), *rest = buffer.dispatch(scaled(), **layout, **options)
     done(rest[-1])
     assert rest[0] is None and rest[1] is None
     results |= {
@@ -110,19 +113,20 @@ def run_v1(case: Case, group, async_finish: bool = False, config=None, **buffer_
     done(fixed[-1])
     assert fixed[3] == [] and fixed[0].shape == (worst, case.hidden)
     arrived = len(recv_x)
-    assert (fixed[1][arrived:] == -1).all() and (fixed[4][3][arrived:] == -1).all()
+    assert (fixed[1][arrived:].cpu() == -1).all() and (fixed[4][3][arrived:].cpu() == -1).all()
     results |= {
         "fixed_x": fixed[0][:arrived],
         "fixed_idx": fixed[1][:arrived],
         "fixed_weights": fixed[2][:arrived],
     }
-    padded = torch.full((worst, case.hidden), float("nan"), dtype=case.dtype)
+    padded = torch.full((worst, case.hidden), float("nan"), dtype=case.dtype, device=device)
     padded[:arrived] = rows
     y, _, event = buffer.combine(padded, fixed[4], **options)
     done(event)
     results["fixed_y"] = y
+    results |= {"places": handle[5], "before_channel": handle[2], "to_ranks": handle[1]}
     buffer.destroy()
-    return results
+    return {name: value.cpu() for name, value in results.items()}
 
 
 def expected_v1(case: Case) -> list[Results]:
@@ -159,6 +163,9 @@ def expected_v1(case: Case) -> list[Results]:
             "counts": -(-counts // ALIGNMENT) * ALIGNMENT,
             "counts_without_topk": counts,
             "prefix": prefix,
+            "places": in_rank[rank].cumsum(0, dtype=torch.int32).where(in_rank[rank], 0) - 1,
+            "before_channel": torch.zeros((size, 1), dtype=torch.int32),
+            "to_ranks": in_rank[rank].sum(0).to(torch.int32).unsqueeze(1),
             "src_idx": torch.tensor([t for _, t in rows_of[rank]], dtype=torch.int32),
             "again": taken([torch.cat([each.grad_y, each.x], dim=1).float() for each in inputs]),
             "bytes": taken([make_bytes(case, r).view(torch.uint8) for r in range(size)]),

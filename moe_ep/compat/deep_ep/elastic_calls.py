@@ -124,7 +124,7 @@ def combine(
     """Sums ``[N, H]``, and each weight back at its token and k ``[N, K]``."""
     rows = handle.as_dispatched(rows)
     if weights is not None:
-        weights = handle.as_dispatched(weights)
+        weights = handle.as_dispatched(weights).contiguous()
     one_by_one = handle._row_routing is not None
     routing = ranks.at_width(handle._row_routing if one_by_one else handle.routing(), rows.shape[1])
     num_sms = _choose_num_sms("combine", routing, rows.dtype, how)

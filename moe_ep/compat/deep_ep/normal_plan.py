@@ -12,10 +12,11 @@ from ...errors import InvalidInput
 from . import layout, transport
 from .elastic_sizes import align
 from .numbers import Column, Ids, pack
-from .routing import ROW_WORDS_MULTIPLE, AllGather, RankRouting
+from .routing import ROW_WORDS_MULTIPLE, AllGather, RankRouting, communicator_for_ranks
 from .transport import Communicators
 
 _LEAST_ROOM = 64
+_LEAST_HOST = 1025  # for 1024 experts of a rank
 
 
 class Planned(NamedTuple):
@@ -173,7 +174,7 @@ class PlanByKernels:
         size = self._communicators.size
         per_rank, per_expert = sent.num_tokens_per_rank.contiguous(), sent.num_tokens_per_expert.contiguous()
         max_tokens = self._room.tokens + _tokens_of_notes(size, len(per_expert))
-        comm = self._communicators.get(data.shape[1], max_tokens, size, size)
+        comm = communicator_for_ranks(self._communicators, data.shape[1], max_tokens)
         before = ids.new_empty((size + 1, size))
         places = torch.empty_like(ids)
         notes = _extension.load().nvlink.Notes(
@@ -197,10 +198,14 @@ class PlanByKernels:
         return Planned(routing, before, places, sources, [])
 
     def _host_memory(self, length: int) -> torch.Tensor:
-        """Pinned int64 ``[length]``, which kernels write."""
-        if self._host is None or len(self._host) != length:
-            self._host = torch.zeros(length, dtype=torch.int64, pin_memory=True)
-        return self._host
+        """Pinned int64 ``[length]``, which kernels write.
+
+        Allocating it waits for the device, so that ranks which share one must not have launched anything: they make a
+        communicator after the first call comes here, and later calls seldom need more.
+        """
+        if self._host is None or len(self._host) < length:
+            self._host = torch.zeros(max(length, _LEAST_HOST), dtype=torch.int64, pin_memory=True)
+        return self._host[:length]
 
 
 def check_not_captured(num_worst_tokens: int) -> None:

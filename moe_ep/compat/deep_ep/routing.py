@@ -17,6 +17,7 @@ from . import transport
 from .transport import Communicators
 
 ROW_WORDS_MULTIPLE = 4  # rows are made of 16 bytes
+_WORDS_BEHIND_ROWS = 64  # of ids and weights, for top-32
 
 
 class RankRouting:
@@ -80,8 +81,7 @@ class RankRouting:
         return min(wanted, self._communicator(x).available_sms or wanted) or None
 
     def _communicator(self, x: torch.Tensor) -> Communicator:
-        size = self._communicators.size
-        return self._communicators.get(x.shape[1], self.max_tokens, size, size)
+        return communicator_for_ranks(self._communicators, x.shape[1], self.max_tokens)
 
     def _for(self, comm: Communicator, num_sms: int | None) -> DispatchHandle:
         if self._planned is None:
@@ -90,6 +90,16 @@ class RankRouting:
             ids = torch.where(mask, ranks, -1)
             self._planned = transport.plan(comm, ids, "rank", max_recv_rows=self.num_rows, num_sms=num_sms)
         return transport.for_width(self._planned, comm)
+
+
+def communicator_for_ranks(communicators: Communicators, hidden: int, max_tokens: int) -> Communicator:
+    """Of a `RankRouting`, for rows of ``hidden`` elements. Collective where there is none yet.
+
+    It is made for somewhat wider ones: with 16-bit elements, rows and the words behind them then fit into the kernels'
+    rings at once. What does not goes in rounds, which take longer.
+    """
+    size = communicators.size
+    return communicators.get(hidden + 2 * _WORDS_BEHIND_ROWS, max_tokens, size, size)
 
 
 class AllGather:

@@ -173,7 +173,7 @@ def plan(
     if notes is None:
         state = ops.plan(topk_idx.contiguous(), comm.id, spec, num_sms)
     else:
-        state = comm._impl.plan(topk_idx.contiguous(), spec, num_sms, notes)
+        state = comm._impl.plan(topk_idx.contiguous(), spec, num_sms, notes=notes)
     return DispatchHandle(comm.id, spec, tuple(state))
 
 
