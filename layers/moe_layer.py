@@ -89,10 +89,14 @@ class MoELayer(nn.Module):
                 num_chunks=overlap_chunks,
             )
             return y_TH.view_as(x), routed.aux_loss
-        out = self.dispatcher.dispatch(x_TH, routed.topk_idx, routed.topk_weights)
-        y_TH = self.dispatcher.combine(self.run_experts(out), out.handle)
-        if self.shared is not None:
-            y_TH = y_TH + self.shared(x_TH)
+        shared_TH: list[torch.Tensor] = []
+
+        def run_shared() -> None:
+            if self.shared is not None:
+                shared_TH.append(self.shared(x_TH))
+
+        out = self.dispatcher.dispatch(x_TH, routed.topk_idx, routed.topk_weights, meanwhile=run_shared)
+        y_TH = sum(shared_TH, self.dispatcher.combine(self.run_experts(out), out.handle))
         return y_TH.view_as(x), routed.aux_loss
 
     def run_experts(self, out: moe_ep.DispatchOutput) -> torch.Tensor:

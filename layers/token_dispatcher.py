@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -37,12 +38,14 @@ class TokenDispatcher(nn.Module):
         topk_weights_TK: torch.Tensor,
         *,
         num_sms: int | None = None,
+        meanwhile: Callable[[], object] | None = None,
     ) -> moe_ep.DispatchOutput:
         """``x_TH [T, H]``, ``topk_idx_TK [T, K]`` (-1: none), ``topk_weights_TK [T, K]`` -> see
         ``moe_ep.dispatch``.
         """
         tensors = x_TH.contiguous(), topk_idx_TK.contiguous(), topk_weights_TK.contiguous()
-        return moe_ep.dispatch(*tensors, self.comm, num_sms=num_sms, **self._dispatch_options)
+        options = {"num_sms": num_sms, "meanwhile": meanwhile, **self._dispatch_options}
+        return moe_ep.dispatch(*tensors, self.comm, **options)
 
     def dispatch_async(
         self,

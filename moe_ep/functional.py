@@ -6,6 +6,8 @@ routing is exchanged and the host waits for nothing. They are differentiable any
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from . import ops
@@ -42,6 +44,7 @@ def dispatch(
     max_recv_rows: int | None = None,
     handle: DispatchHandle | None = None,
     num_sms: int | None = None,
+    meanwhile: Callable[[], object] | None = None,
 ) -> DispatchOutput:
     """Send every token to the ranks that hold its experts. Collective: all ranks of ``comm`` call it.
 
@@ -60,6 +63,9 @@ def dispatch(
             rows, the tail zero; rows that don't fit are dropped and ``handle.raise_if_overflow()`` says so.
         handle: of an earlier dispatch on this communicator: the same routing again, without exchanging it.
         num_sms: multiprocessors for this call's kernels and those of its backward; None: the communicator's.
+        meanwhile: called once, without arguments, before rows are sent; in exact sizes on a GPU while the host would
+            wait. What it launches on the current stream, a shared expert say, keeps the GPU busy until the host knows
+            the sizes and has launched what comes next. It must not use this communicator.
 
     Returns: DispatchOutput. The gradient of x is the `combine` of the tokens' gradient; the gradient of
     ``topk_weights[t, k]`` is that of the one row weight made from it, 0 where there is none.
@@ -105,7 +111,9 @@ def dispatch(
                 expert_alignment,
                 max_recv_rows,
             )
-            handle = DispatchHandle(comm.id, spec, ops.plan(topk_idx, comm.id, spec, num_sms))
+            handle = DispatchHandle(comm.id, spec, ops.plan(topk_idx, comm.id, spec, num_sms, meanwhile))
+        elif meanwhile is not None:
+            meanwhile()
         if isinstance(x, Fp8Tokens):
             data, scale_inv, carrier, weights = _DispatchFp8.call(
                 x.data, x.scale_inv, x.carrier, topk_weights, handle, num_sms

@@ -6,7 +6,7 @@ the backend is called directly, which spares the dispatcher's time.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -18,12 +18,18 @@ from .ids import check_ids
 
 
 def plan(
-    topk_idx: torch.Tensor, communicator_id: int, spec: RoutingSpec, num_sms: int | None
+    topk_idx: torch.Tensor,
+    communicator_id: int,
+    spec: RoutingSpec,
+    num_sms: int | None,
+    meanwhile: Callable[[], object] | None = None,
 ) -> tuple[torch.Tensor, ...]:
     """Exchange the routing; the state of a handle."""
     if torch.compiler.is_compiling():
+        if meanwhile is not None:
+            meanwhile()
         return tuple(torch.ops.moe_ep.plan(topk_idx, communicator_id, num_sms, *_numbers(spec)))
-    return tuple(_plan(topk_idx, communicator_id, spec, num_sms))
+    return tuple(_plan(topk_idx, communicator_id, spec, num_sms, meanwhile))
 
 
 def dispatch(
@@ -124,12 +130,16 @@ _library.define(
 
 
 def _plan(
-    topk_idx: torch.Tensor, communicator_id: int, spec: RoutingSpec, num_sms: int | None
+    topk_idx: torch.Tensor,
+    communicator_id: int,
+    spec: RoutingSpec,
+    num_sms: int | None,
+    meanwhile: Callable[[], object] | None = None,
 ) -> list[torch.Tensor]:
     impl = find(communicator_id)._impl
     if env.check() or not impl.checks_ids:
         check_ids(topk_idx, spec.num_experts)  # waits for the device, as planning does
-    return impl.plan(topk_idx, spec, num_sms)
+    return impl.plan(topk_idx, spec, num_sms, meanwhile)
 
 
 def _plan_op(topk_idx, communicator_id, num_sms, *numbers):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import time
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -137,8 +137,14 @@ class AllToAllBackend(Backend):
         return [torch.device("cpu") if name in _ON_HOST else device for name in names]
 
     def plan(
-        self, topk_idx: torch.Tensor, spec: RoutingSpec, num_sms: int | None = None
+        self,
+        topk_idx: torch.Tensor,
+        spec: RoutingSpec,
+        num_sms: int | None = None,
+        meanwhile: Callable[[], object] | None = None,
     ) -> list[torch.Tensor]:
+        if meanwhile is not None:
+            meanwhile()
         sends = plan_sends(topk_idx.long(), spec)
         capacity = spec.max_tokens_per_rank * spec.num_topk
         if capacity * sends.codes.element_size() <= ONE_MESSAGE_BYTES:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -68,9 +68,16 @@ class Backend(ABC):
 
     @abstractmethod
     def plan(
-        self, topk_idx: torch.Tensor, spec: RoutingSpec, num_sms: int | None = None
+        self,
+        topk_idx: torch.Tensor,
+        spec: RoutingSpec,
+        num_sms: int | None = None,
+        meanwhile: Callable[[], object] | None = None,
     ) -> list[torch.Tensor]:
-        """Exchange the routing ``topk_idx [T, K]`` and return the routing state (see `Routing`)."""
+        """Exchange the routing ``topk_idx [T, K]`` and return the routing state (see `Routing`).
+
+        ``meanwhile`` is called once: on a GPU behind the exchange's launch, before the host waits for its end.
+        """
 
     @abstractmethod
     def dispatch(

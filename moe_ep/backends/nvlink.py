@@ -158,11 +158,16 @@ class NvlinkBackend(Backend):
         members.all_gather(torch.zeros(1, dtype=torch.int64))  # all memory is there and zero
 
     def plan(
-        self, topk_idx: torch.Tensor, spec: RoutingSpec, num_sms: int | None = None, notes: object | None = None
+        self,
+        topk_idx: torch.Tensor,
+        spec: RoutingSpec,
+        num_sms: int | None = None,
+        meanwhile: Callable[[], object] | None = None,
+        notes: object | None = None,
     ) -> list[torch.Tensor]:
         """``notes``: a `Notes` of `moe_ep._C.nvlink`, which travel along."""
         if self._cpu is not None and not topk_idx.is_cuda:
-            return self._cpu.plan(topk_idx, spec)
+            return self._cpu.plan(topk_idx, spec, num_sms, meanwhile)
         exact = spec.max_recv_rows is None
         expert_layout = spec.layout == "expert"
         num_tokens, num_topk = topk_idx.shape
@@ -199,6 +204,8 @@ class NvlinkBackend(Backend):
         # Before the wait, since dispatch is waited for from the plan's end on.
         tokens_per_expert, padded, needed = counts.split((num_local, num_local, 1))
         tokens = topk_idx.new_empty((num_tokens, 0))
+        if meanwhile is not None:
+            meanwhile()
         if exact:
             num_rows, splits = self._wait_for_plan(topk_idx, spec)
         else:

@@ -191,6 +191,27 @@ def comm_group(comm):
     return comm._impl.group
 
 
+@pytest.mark.parametrize("max_recv_rows", [None, 80])
+def test_meanwhile_is_called_once_by_every_dispatch(max_recv_rows):
+    case = with_layout(SMALL, "expert")
+
+    def fn(comm):
+        inputs, calls = case.inputs(comm.rank), []
+
+        def meanwhile():
+            calls.append(torch.is_grad_enabled())
+
+        x = inputs.x.requires_grad_()
+        options = {"max_recv_rows": max_recv_rows, "meanwhile": meanwhile}
+        out = moe_ep.dispatch(x, inputs.topk_idx, inputs.topk_weights, comm, **options)
+        again = moe_ep.dispatch(x, None, inputs.topk_weights, comm, handle=out.handle, meanwhile=meanwhile)
+        assert_same_bits(again.tokens, out.tokens, "again")
+        again.tokens.sum().backward()
+        return calls
+
+    assert run(case, fn) == [[True, True]] * case.world_size
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_async_calls_give_the_same_after_their_event(layout):
     case = with_layout(SMALL, layout)
