@@ -54,6 +54,16 @@ def test_columns_equal_the_formulas(splits, extra, hidden):
     assert torch.equal(got.scale_inv, wanted.scale_inv)
 
 
+def test_columns_of_many_tiles_equal_the_formulas():
+    """So many that a thread block turns several, and one of them fewer."""
+    splits = [4096, 3008, 16]
+    groups, tokens = groups_of(splits), tokens_of(sum(splits), 7168)
+    assert_same_bytes(
+        fp8_quantize.requantize_columns(tokens, groups),
+        fp8_quantize.requantize_columns_torch(tokens, groups),
+    )
+
+
 @pytest.mark.parametrize("splits", SPLITS, ids=str)
 @pytest.mark.parametrize("blocks", [1, 8, 56])
 def test_scales_by_expert(splits, blocks):
