@@ -12,7 +12,7 @@ Quantisation is straight-through in both directions (see docs/fp8.md).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -37,8 +37,10 @@ Weights = tuple[torch.Tensor, ...]
 """One stacked ``[L, O, I]``, or ``[O, I]`` for each of L experts."""
 
 
+_QUANTIZE = "moe_ep.experts.quantize_weight"
+
 PIECE_BYTES = 256 << 20
-"""Of weights in FP8 that are not kept: as many experts at a time."""
+"""Of weights in FP8 that are not kept, in the backward, which needs the most memory: as many experts at a time."""
 
 
 class QuantizedWeight:
@@ -46,7 +48,7 @@ class QuantizedWeight:
 
     ``keep``: until a weight changes, which its version tells (changes through ``.data`` don't raise that: call
     `forget` then); FP8 copies for forward and backward take as much memory as the weights in bfloat16. Otherwise they
-    are made for every product, of some experts at a time, and dropped after it.
+    are made for every product and dropped after it.
     """
 
     def __init__(self, keep: bool) -> None:
@@ -54,38 +56,36 @@ class QuantizedWeight:
         self._key: list[tuple[int, int]] | None = None
         self._kept: tuple[Fp8Weight | None, Fp8Weight | None] = (None, None)
 
-    def for_forward(self, *weights: torch.Tensor, trained: bool) -> Iterator[tuple[int, Fp8Weight]]:
-        """``[L, O, I]`` in pieces: the number of each one's first expert, and their weights. ``trained``: a backward
-        will follow.
-        """
-        return self._pieces(weights, 0, trained)
+    def for_forward(self, *weights: torch.Tensor, trained: bool) -> Fp8Weight:
+        """``[L, O, I]``; ``trained``: a backward will follow."""
+        if self.keep:
+            return self._kept_for(weights, 0, trained)
+        with torch.no_grad(), named_range(_QUANTIZE):
+            return quantize_weight(*weights)[0]
 
     def for_backward(self, *weights: torch.Tensor) -> Iterator[tuple[int, Fp8Weight]]:
-        """``[L, I, O]``, likewise."""
-        return self._pieces(weights, 1, True)
-
-    def forget(self) -> None:
-        self._key, self._kept = None, (None, None)
-
-    def _pieces(self, weights: Weights, which: int, both: bool) -> Iterator[tuple[int, Fp8Weight]]:
+        """``[L, I, O]`` in pieces: the number of each one's first expert, and their weights."""
         if self.keep:
-            yield 0, self._get(weights, which, both)
+            yield 0, self._kept_for(weights, 1, True)
             return
         matrices = weights[0] if weights[0].dim() == 3 else weights
         size = max(1, PIECE_BYTES // matrices[0].numel())
         for first in range(0, len(matrices), size):
             piece = matrices[first : first + size]
             piece = (piece,) if isinstance(piece, torch.Tensor) else piece
-            with torch.no_grad(), named_range("moe_ep.experts.quantize_weight"):
-                quantized = quantize_weight(*piece, rows=which == 0, transposed=which == 1)[which]
+            with torch.no_grad(), named_range(_QUANTIZE):
+                _, quantized = quantize_weight(*piece, rows=False, transposed=True)
             yield first, quantized
             del quantized  # memory first
 
-    def _get(self, weights: Weights, which: int, both: bool) -> Fp8Weight:
+    def forget(self) -> None:
+        self._key, self._kept = None, (None, None)
+
+    def _kept_for(self, weights: Weights, which: int, both: bool) -> Fp8Weight:
         key = [(weight.data_ptr(), weight._version) for weight in weights]
         if key != self._key or self._kept[which] is None:
             self.forget()  # memory first
-            with torch.no_grad(), named_range("moe_ep.experts.quantize_weight"):
+            with torch.no_grad(), named_range(_QUANTIZE):
                 self._kept = quantize_weight(*weights, transposed=both)
             self._key = key
         return self._kept[which]
@@ -159,9 +159,10 @@ class _Matmul(torch.autograd.Function):
         ctx.groups, ctx.quantized, ctx.put = groups, quantized, put
         dtype = weights[0].dtype
         ctx.rows_dtype = dtype if carrier is None else carrier.dtype
-        pieces = quantized.for_forward(*weights, trained=ctx.needs_input_grad[0])
+        weight = quantized.for_forward(*weights, trained=ctx.needs_input_grad[0])
         out_NO = torch.empty(data.shape[0], weights[0].shape[-2], dtype=dtype, device=data.device)
-        _multiply(Fp8Tokens(data, scale_inv), pieces, groups, out_NO, "moe_ep.experts.matmul")
+        with named_range("moe_ep.experts.matmul"):
+            rows_by_weights(Fp8Tokens(data, scale_inv), weight, groups, out_NO)
         return out_NO
 
     @staticmethod
@@ -185,26 +186,14 @@ class _Matmul(torch.autograd.Function):
         grad_weights = now_or_later(weight_gradients, ctx.put, wanted) or (None,) * len(weights)
         grad_rows = None
         if ctx.needs_input_grad[0]:
-            pieces = ctx.quantized.for_backward(*weights)
             grad_rows = torch.empty(data.shape, dtype=ctx.rows_dtype, device=data.device)
-            _multiply(grad, pieces, groups, grad_rows, "moe_ep.experts.matmul.dgrad")
+            for first, weight in ctx.quantized.for_backward(*weights):
+                part, where = groups.part(first, first + len(weight.data))
+                with named_range("moe_ep.experts.matmul.dgrad"):
+                    grads = Fp8Tokens(grad.data[where], grad.scale_inv[where])
+                    rows_by_weights(grads, weight, part, grad_rows[where])
+                del weight  # memory first
         return grad_rows, None, None, None, None, None, *grad_weights
-
-
-def _multiply(
-    rows: Fp8Tokens,
-    pieces: Iterable[tuple[int, Fp8Weight]],
-    groups: RowGroups,
-    out_NO: torch.Tensor,
-    name: str,
-) -> None:
-    """`rows_by_weights`, piece by piece."""
-    for first, weight in pieces:
-        part, where = groups.part(first, first + len(weight.data))
-        with named_range(name):
-            tokens = Fp8Tokens(rows.data[where], rows.scale_inv[where])
-            rows_by_weights(tokens, weight, part, out_NO[where])
-        del weight
 
 
 class _Swiglu(torch.autograd.Function):
