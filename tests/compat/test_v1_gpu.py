@@ -46,6 +46,7 @@ def test_rooms_grow_on_all_ranks_when_one_needs_more():
         buffer = deep_ep.Buffer(group, timeout_s=20)
         kept = []
         for seed, by_rank in enumerate(sizes):
+            settle("cuda")
             num_tokens = by_rank[buffer.rank]
             generator = torch.Generator().manual_seed(100 * seed + buffer.rank)
             x = torch.randn(num_tokens, 16, generator=generator).bfloat16().cuda()

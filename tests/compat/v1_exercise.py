@@ -40,6 +40,7 @@ def run_v1(
 ) -> Results:
     """On one rank; every result by name, on the CPU."""
     buffer = deep_ep.Buffer(group, 0, 0, explicitly_destroy=True, timeout_s=30, **buffer_arguments)
+    settle(device)
     rank = buffer.rank
     mine = case.inputs(rank, device)
     options = {"config": config, "async_finish": async_finish}

@@ -83,23 +83,24 @@ class NormalMode:
         routing = planned.routing
         rows, words = routing.send_packed(data, words, routing.num_sms(data, num_sms))
         local_experts = len(sent.num_tokens_per_expert) // self.communicators.size
+        sources, per_expert = planned.later()
         arrived = unpack_received(
             words,
             scales,
             topk_idx,
             first_expert=self.communicators.rank * local_experts,
             num_local=local_experts,
-            with_sources=planned.sources is None,
+            with_sources=sources is None,
         )
         tensors = (
             planned.before[1:],
             sent.num_tokens_per_rank.unsqueeze(1),
             planned.before[0].unsqueeze(1),
-            arrived.sources if planned.sources is None else planned.sources,
+            arrived.sources if sources is None else sources,
             sent.is_token_in_rank,
             planned.places,
         )
-        aligned = [-(-count // expert_alignment) * expert_alignment for count in planned.per_expert]
+        aligned = [-(-count // expert_alignment) * expert_alignment for count in per_expert]
         return Received(
             rows if scales is None else (rows, arrived.scales),
             arrived.topk_idx,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import ctypes
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 
 from ... import _extension
+from ...communicator import find
 from ...errors import InvalidInput
 from . import layout, transport
 from .elastic_sizes import align
@@ -19,17 +21,23 @@ _LEAST_ROOM = 64
 _LEAST_HOST = 1025  # for 1024 experts of a rank
 
 
+class Later(NamedTuple):
+    """``sources`` int32 ``[n]``: the token of each row on its rank, -1 for none; None if tokens' numbers travel behind
+    the others. ``per_expert``: tokens of each expert here, empty in fixed size."""
+
+    sources: torch.Tensor | None
+    per_expert: list[int]
+
+
 class Planned(NamedTuple):
     """``before`` int32 ``[R + 1, R]``: tokens of all ranks before a rank, for each rank. ``places`` int32 ``[T, R]``:
-    the token's place among those for a rank, or -1. ``sources`` int32 ``[n]``: the token of each row on its rank, -1
-    for none; None if tokens' numbers travel behind the others. ``per_expert``: tokens of each expert here, empty in
-    fixed size."""
+    the token's place among those for a rank, or -1. ``later()``: what need not hold up the rows, which a GPU waits for.
+    """
 
     routing: RankRouting
     before: torch.Tensor
     places: torch.Tensor
-    sources: torch.Tensor | None
-    per_expert: list[int]
+    later: Callable[[], Later]
 
 
 class Room:
@@ -114,7 +122,7 @@ class PlanByMessages:
         routing = RankRouting(self._communicators, sent.is_token_in_rank, self._room.tokens, num_rows)
         places = layout.positions(sent.is_token_in_rank)
         words = pack([*numbers, layout.token_numbers(len(data), data.device)])
-        return Planned(routing, before, places, None, per_expert), words
+        return Planned(routing, before, places, lambda: Later(None, per_expert)), words
 
     def _exchange_counts(self, num_tokens: int, sent: layout.Layout) -> torch.Tensor:
         """int32 ``[R, 1 + R + E + n]`` by source rank: tokens; those to each rank, to each expert; what fills a row."""
@@ -134,6 +142,7 @@ class PlanByKernels:
         self._communicators = communicators
         self._room = room
         self._host: torch.Tensor | None = None
+        self._host_numbers: ctypes.Array | None = None
 
     def __call__(
         self,
@@ -154,13 +163,15 @@ class PlanByKernels:
         local = len(sent.num_tokens_per_expert) // size
         host = self._host_memory(1 + local)
         while True:
-            planned = self._plan(data, sent, ids, num_worst_tokens, num_sms, host)
-            if num_worst_tokens:
-                return planned, words
-            most_tokens, *per_expert = host.tolist()
-            if most_tokens <= room.tokens:
-                return planned._replace(per_expert=per_expert), words
-            room.grow(most_tokens, 0)  # as all ranks do
+            routing, before, places = self._plan(data, sent, ids, num_worst_tokens, num_sms)
+            if num_worst_tokens or host[0] <= room.tokens:
+                break
+            room.grow(host[0], 0)  # as all ranks do
+
+        def later() -> Later:
+            return Later(_sources(routing), [] if num_worst_tokens else host[1 : 1 + local])
+
+        return Planned(routing, before, places, later), words
 
     def _plan(
         self,
@@ -169,8 +180,7 @@ class PlanByKernels:
         ids: torch.Tensor,
         num_worst_tokens: int,
         num_sms: int,
-        host: torch.Tensor,
-    ) -> Planned:
+    ) -> tuple[RankRouting, torch.Tensor, torch.Tensor]:
         size = self._communicators.size
         per_rank, per_expert = sent.num_tokens_per_rank.contiguous(), sent.num_tokens_per_expert.contiguous()
         max_tokens = self._room.tokens + _tokens_of_notes(size, len(per_expert))
@@ -184,28 +194,36 @@ class PlanByKernels:
             max_tokens=self._room.tokens,
             before=before.data_ptr(),
             places=places.data_ptr(),
-            host=host.data_ptr(),
+            host=self._host.data_ptr(),
         )
         handle = transport.plan(
             comm, ids, "rank", max_recv_rows=num_worst_tokens or None, num_sms=num_sms or None, notes=notes
         )
-        num_rows = handle.num_rows
-        sources = comm._impl.table("sources", handle.state, min(num_rows, size * max_tokens))
-        if len(sources) < num_rows:
-            sources = torch.nn.functional.pad(sources, (0, num_rows - len(sources)), value=-1)
         mask = sent.is_token_in_rank
-        routing = RankRouting(self._communicators, mask, max_tokens, num_rows, handle)
-        return Planned(routing, before, places, sources, [])
+        routing = RankRouting(self._communicators, mask, max_tokens, handle.num_rows, handle)
+        return routing, before, places
 
-    def _host_memory(self, length: int) -> torch.Tensor:
-        """Pinned int64 ``[length]``, which kernels write.
+    def _host_memory(self, length: int) -> ctypes.Array:
+        """Pinned int64 numbers, at least ``length``, which kernels write.
 
         Allocating it waits for the device, so that ranks which share one must not have launched anything: they make a
         communicator after the first call comes here, and later calls seldom need more.
         """
         if self._host is None or len(self._host) < length:
             self._host = torch.zeros(max(length, _LEAST_HOST), dtype=torch.int64, pin_memory=True)
-        return self._host[:length]
+            # Quicker to read than tensors are.
+            self._host_numbers = (ctypes.c_int64 * len(self._host)).from_address(self._host.data_ptr())
+        return self._host_numbers
+
+
+def _sources(routing: RankRouting) -> torch.Tensor:
+    """See `Later`: from the tables of the plan."""
+    planned = routing.planned
+    backend = find(planned.communicator_id)._impl
+    most_rows = routing.max_tokens * backend.size
+    sources = backend.table("sources", planned.state, min(routing.num_rows, most_rows))
+    missing = routing.num_rows - len(sources)
+    return torch.nn.functional.pad(sources, (0, missing), value=-1) if missing else sources
 
 
 def check_not_captured(num_worst_tokens: int) -> None:

@@ -40,11 +40,11 @@ class RankRouting:
         self.max_tokens = max_tokens
         self.num_tokens = is_token_in_rank.shape[0]
         self.num_rows = num_rows
-        self._planned = planned
+        self.planned = planned
 
     def tensors(self) -> list[torch.Tensor]:
         """All that it holds."""
-        return [self._is_token_in_rank, *(self._planned.state if self._planned is not None else ())]
+        return [self._is_token_in_rank, *(self.planned.state if self.planned is not None else ())]
 
     def send(
         self, x: torch.Tensor, numbers: Sequence[torch.Tensor] = (), num_sms: int | None = None
@@ -84,12 +84,12 @@ class RankRouting:
         return communicator_for_ranks(self._communicators, x.shape[1], self.max_tokens)
 
     def _for(self, comm: Communicator, num_sms: int | None) -> DispatchHandle:
-        if self._planned is None:
+        if self.planned is None:
             mask = self._is_token_in_rank
             ranks = torch.arange(mask.shape[1], device=mask.device)
             ids = torch.where(mask, ranks, -1)
-            self._planned = transport.plan(comm, ids, "rank", max_recv_rows=self.num_rows, num_sms=num_sms)
-        return transport.for_width(self._planned, comm)
+            self.planned = transport.plan(comm, ids, "rank", max_recv_rows=self.num_rows, num_sms=num_sms)
+        return transport.for_width(self.planned, comm)
 
 
 def communicator_for_ranks(communicators: Communicators, hidden: int, max_tokens: int) -> Communicator:
