@@ -1,9 +1,11 @@
-"""What the layers do differently on a GPU: torch's grouped matmul, and ties in the router."""
+"""What the layers do differently on a GPU: torch's grouped matmul, activations in one kernel, ties in the router."""
 
 import pytest
 import torch
+from launched import kernels_of
 
-from moe_ep.layers import GroupedExperts, ModelConfig, ParallelGroups, Router, build_model
+from moe_ep.layers import GroupedExperts, ModelConfig, ParallelGroups, Router, build_model, swiglu
+from moe_ep.layers.feed_forward import swiglu as activate
 from moe_ep.layers.grouped_matmul import grouped_matmul, uses_grouped_mm
 
 pytestmark = [
@@ -47,6 +49,47 @@ def test_expanded_gradient_and_rows_past_the_end():
     assert weights.grad[:13].isfinite().all()
     assert all(p.grad.isfinite().all() for p in experts.parameters())
     experts(rows[:13], weights[:13], counts).sum().backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("shape", [(5, 80), (2, 9, 4096), (0, 16), (3, 0, 16), (7, 20)], ids=str)
+def test_activation_has_the_bits_of_its_formula(dtype, shape):
+    torch.manual_seed(0)
+    gate_up = torch.randn(shape, device="cuda", dtype=dtype, requires_grad=True)
+    rows = gate_up.detach().flatten(0, -2)
+    y = activate(gate_up)
+    grad = torch.randn_like(y)
+    y.backward(grad)
+    wanted = swiglu.activate_torch(rows, None)
+    wanted_grad, _ = swiglu.differentiate_torch(rows, None, grad.flatten(0, -2))
+    assert y.shape == (*shape[:-1], shape[-1] // 2)
+    assert y.dtype == dtype
+    if shape[-1] % 16:  # no kernel: torch's own operations, each rounded
+        epsilon = 4 * torch.finfo(dtype).eps
+        torch.testing.assert_close(y.float(), wanted.view(y.shape), rtol=epsilon, atol=epsilon)
+    else:
+        assert torch.equal(y, wanted.to(dtype).view(y.shape))
+        assert torch.equal(gate_up.grad, wanted_grad.to(dtype).view(shape))
+
+
+def test_activation_is_differentiable_twice():
+    gate_up = torch.randn(6, 32, device="cuda", requires_grad=True)
+
+    def second(y):
+        [grad] = torch.autograd.grad(y.square().sum(), [gate_up], create_graph=True)
+        return torch.autograd.grad(grad.square().sum(), [gate_up])[0]
+
+    gate, up = gate_up.chunk(2, dim=-1)
+    wanted = second(torch.nn.functional.silu(gate) * up)
+    torch.testing.assert_close(second(activate(gate_up)), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_times_of_the_shared_experts_activation():
+    gate_up = torch.randn(4096, 4096, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    assert kernels_of("activation", lambda: activate(gate_up)) == 1
+    y, grad = activate(gate_up), torch.randn(4096, 2048, device="cuda", dtype=torch.bfloat16)
+    of_grad = kernels_of("its gradient", lambda: torch.autograd.grad(y, gate_up, grad, retain_graph=True))
+    assert of_grad == 1
 
 
 def test_router_chooses_as_on_the_cpu():
