@@ -79,8 +79,15 @@ def dispatch(
         first = ranks.rank * shape.max_tokens + 1
         number = torch.arange(first, first + len(x), dtype=torch.int32, device=x.device).unsqueeze(1)
         numbers += [number, topk_idx.int()] if shape.expand else [number]
-    words = pack(numbers)
-    routing = plan(comm, topk_idx, layout, **options)
+    words, kept_idx = None, topk_idx
+
+    def prepare() -> None:
+        nonlocal words, kept_idx
+        words = pack(numbers)
+        if copies_topk_idx:
+            kept_idx = topk_idx.clone()
+
+    routing = plan(comm, topk_idx, layout, **options, meanwhile=prepare)
     row_routing = None
     if shape.one_by_one:
         # A token for each (token, k). Their rows lie as the others do: by expert, source rank and token.
@@ -90,8 +97,7 @@ def dispatch(
     received, words = _send(x, words, scales, weights, routing, topk_idx.dtype, columns, how)
     make_sources = _planned_sources if by_tables else _travelled_sources
     sources = make_sources(ranks, shape, routing, words)
-    topk_idx = topk_idx.clone() if copies_topk_idx else topk_idx
-    handle = _make_handle(ranks, shape, routing, sources, topk_idx, how[0] or 0, most_rows)
+    handle = _make_handle(ranks, shape, routing, sources, kept_idx, how[0] or 0, most_rows)
     handle._row_routing = row_routing
     if x.is_cuda and torch.cuda.is_current_stream_capturing():
         handle.work_out_everything()

@@ -157,9 +157,13 @@ def plan(
     alignment: int = 1,
     max_recv_rows: int | None = None,
     num_sms: int | None = None,
+    meanwhile: Callable[[], object] | None = None,
     notes: object | None = None,
 ) -> DispatchHandle:
-    """Exchange the routing ``topk_idx [T, K]``, without sending a row. ``notes``: of `NvlinkBackend.plan`."""
+    """Exchange the routing ``topk_idx [T, K]``, without sending a row.
+
+    meanwhile: called once, before the host waits. notes: of `NvlinkBackend.plan`.
+    """
     spec = RoutingSpec(
         comm.num_experts,
         comm.num_local_experts,
