@@ -175,9 +175,9 @@ def plan(
     )
     num_sms = _available(num_sms, comm.id)
     if notes is None:
-        state = ops.plan(topk_idx.contiguous(), comm.id, spec, num_sms)
+        state = ops.plan(topk_idx.contiguous(), comm.id, spec, num_sms, meanwhile)
     else:
-        state = comm._impl.plan(topk_idx.contiguous(), spec, num_sms, notes=notes)
+        state = comm._impl.plan(topk_idx.contiguous(), spec, num_sms, meanwhile, notes)
     return DispatchHandle(comm.id, spec, tuple(state))
 
 
