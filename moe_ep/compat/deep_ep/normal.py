@@ -81,7 +81,7 @@ class NormalMode:
         plan = self._by_kernels if uses_kernels else self._by_messages
         planned, words = plan(data, sent, numbers, num_worst_tokens, num_sms)
         routing = planned.routing
-        rows, words = routing.send_packed(data, words, routing.num_sms(data, num_sms))
+        rows, words = routing.send_packed(data, words, num_sms or None)
         local_experts = len(sent.num_tokens_per_expert) // self.communicators.size
         sources, per_expert = planned.later()
         arrived = unpack_received(
@@ -113,7 +113,9 @@ class NormalMode:
         """Dispatch by the routing of an earlier one."""
         routing = self._routing(handle)
         _check_count("x", tokens_of(x), routing.num_tokens, "tokens")
-        return _send(routing, x, [], num_sms)[0]
+        data, scales = x if isinstance(x, tuple) else (x, None)
+        rows, numbers = routing.send(data, [] if scales is None else [scales], num_sms or None)
+        return rows if scales is None else (rows, numbers[0])
 
     def combine(
         self,
@@ -129,7 +131,7 @@ class NormalMode:
             transport.check_numbers("topk_weights", topk_weights, (routing.num_rows, None), torch.float32)
         for i, bias in enumerate(biases):
             transport.check_numbers(f"bias {i}", bias, (routing.num_tokens, x.shape[1]), x.dtype)
-        y = routing.bring_back(x, biases, routing.num_sms(x, num_sms))
+        y = routing.bring_back(x, biases, num_sms or None)
         return y, None if topk_weights is None else routing.bring_back_floats(topk_weights)
 
     def _routing(self, handle: Handle) -> RankRouting:
@@ -231,17 +233,6 @@ def check_tokens(x: Tokens) -> None:
         transport.check_numbers("the scales of x", scales, (data.shape[0], None), dtype)
     else:
         transport.check_rows("x", x)
-
-
-def _send(
-    routing: RankRouting, x: Tokens, numbers: list[torch.Tensor], num_sms: int
-) -> tuple[Tokens, list[torch.Tensor]]:
-    """Scales travel as the first of the numbers."""
-    if not isinstance(x, tuple):
-        return routing.send(x, numbers, routing.num_sms(x, num_sms))
-    data, scales = x
-    rows, (recv_scales, *received) = routing.send(data, [scales, *numbers], routing.num_sms(data, num_sms))
-    return (rows, recv_scales), received
 
 
 def _check_count(name: str, x: torch.Tensor, count: int, what: str) -> None:

@@ -76,10 +76,6 @@ class RankRouting:
         """`bring_back` of float32 ``values [num_rows, n]``, unrounded."""
         return self.bring_back(_as_rows(values))[:, : values.shape[1]].contiguous()
 
-    def num_sms(self, x: torch.Tensor, wanted: int) -> int | None:
-        """``wanted`` multiprocessors, or as many as there are; None, the communicator's choice, for 0."""
-        return min(wanted, self._communicator(x).available_sms or wanted) or None
-
     def _communicator(self, x: torch.Tensor) -> Communicator:
         return communicator_for_ranks(self._communicators, x.shape[1], self.max_tokens)
 
