@@ -49,7 +49,9 @@ def route(
     higher order are plain torch's.
     """
     x_TH = x_BSH.flatten(0, 1).contiguous()
-    if x_TH.dtype != torch.bfloat16 or x_TH.shape[1] % 8:
+    # Matrices of bfloat16 numbers are multiplied fast where all their rows begin at 16-byte boundaries.
+    aligned = weight_EH.data_ptr() % 16 == 0 and all(size % 8 == 0 for size in weight_EH.shape)
+    if x_TH.dtype != torch.bfloat16 or not aligned:
         x_TH = x_TH.to(torch.float32)
     topk_idx, topk_weights, *aux_loss = _Route.apply(
         x_TH, weight_EH, expert_bias_E, load_E, config, x_BSH.shape[1]
@@ -217,8 +219,8 @@ def sliced_product(left_MK: torch.Tensor, right_KN: torch.Tensor) -> torch.Tenso
     slices = 1
     while slices < 4 and slices * tiles < 100 and length % (16 * slices) == 0:
         slices *= 2
-    left = left_MK.unflatten(1, (slices, -1)).transpose(0, 1)
-    return torch.bmm(left, right_KN.unflatten(0, (slices, -1)), out_dtype=torch.float32)
+    left = left_MK.view(num_rows, slices, -1).transpose(0, 1)
+    return torch.bmm(left, right_KN.view(slices, -1, num_columns), out_dtype=torch.float32)
 
 
 def _address(tensor: torch.Tensor | None) -> int:

@@ -273,9 +273,10 @@ def test_odd_inputs():
         assert torch.equal(router(x).topk_weights, whole.topk_weights)
         torch.testing.assert_close(router(x.float()).topk_weights, whole.topk_weights)
     assert router(x[:0]).topk_idx.shape == (0, 8)
-    narrow = make_router((32, 8, 4, 8), hidden=36)  # no multiple of 8
-    x = torch.randn(50, 36, device=DEVICE).bfloat16()
-    torch.testing.assert_close(narrow(x).topk_weights, narrow._route_torch(x[None]).topk_weights)
+    for shape, hidden in (((32, 8, 4, 8), 36), ((33, 3, 2, 5), 64)):  # not in multiples of 8
+        uneven = make_router(shape, hidden=hidden)
+        x = torch.randn(50, hidden, device=DEVICE).bfloat16()
+        torch.testing.assert_close(uneven(x).topk_weights, uneven._route_torch(x[None]).topk_weights)
     no_loss = make_router(seq_aux_loss_coeff=0.0)
     out = no_loss(torch.randn(9, 32, device=DEVICE).bfloat16())
     assert out.aux_loss == 0 and not out.aux_loss.requires_grad
