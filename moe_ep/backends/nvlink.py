@@ -150,7 +150,6 @@ class NvlinkBackend(Backend):
             workspace=self._workspace.data_ptr(),
             host=self._host.data_ptr(),
         )
-        self._table_offsets = self._communicator.table_offsets()
         self._tickets = 0
         self._num_sms: dict[tuple, tuple[int, int]] = {}
         self._last_stream: torch.cuda.Stream | None = None
@@ -391,7 +390,8 @@ class NvlinkBackend(Backend):
 
     def table(self, name: str, state: Sequence[torch.Tensor], length: int) -> torch.Tensor:
         """The first numbers of one of a plan's tables, by its name in csrc/nvlink/plan_tables.h; int32."""
-        return state[_TABLES][self._table_offsets[name] :][:length]
+        begin = self._communicator.table_offsets()[name]
+        return state[_TABLES][begin : begin + length]
 
     def state_devices(self, device: torch.device) -> list[torch.device]:
         on_host = torch.device("cpu")
