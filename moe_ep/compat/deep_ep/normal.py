@@ -77,8 +77,7 @@ class NormalMode:
         numbers = [] if scales is None else [scales]
         if topk_idx is not None:
             numbers += [Ids(topk_idx), topk_weights]
-        uses_kernels = data.is_cuda and self.communicators.nvlink() is not None
-        plan = self._by_kernels if uses_kernels else self._by_messages
+        plan = self._by_kernels if self._has_kernels(data) else self._by_messages
         planned, words = plan(data, sent, numbers, num_worst_tokens, num_sms)
         routing = planned.routing
         rows, words = routing.send_packed(data, words, num_sms or None)
@@ -133,6 +132,9 @@ class NormalMode:
             transport.check_numbers(f"bias {i}", bias, (routing.num_tokens, x.shape[1]), x.dtype)
         y = routing.bring_back(x, biases, num_sms or None)
         return y, None if topk_weights is None else routing.bring_back_floats(topk_weights)
+
+    def _has_kernels(self, x: torch.Tensor) -> bool:
+        return x.is_cuda and self.communicators.nvlink() is not None
 
     def _routing(self, handle: Handle) -> RankRouting:
         if not isinstance(handle, Handle):

@@ -210,10 +210,14 @@ class PlanByKernels:
         communicator after the first call comes here, and later calls seldom need more.
         """
         if self._host is None or len(self._host) < length:
-            self._host = torch.zeros(max(length, _LEAST_HOST), dtype=torch.int64, pin_memory=True)
+            self._host = _pinned(max(length, _LEAST_HOST))
             # Quicker to read than tensors are.
             self._host_numbers = (ctypes.c_int64 * len(self._host)).from_address(self._host.data_ptr())
         return self._host_numbers
+
+
+def _pinned(length: int) -> torch.Tensor:
+    return torch.zeros(length, dtype=torch.int64, pin_memory=True)
 
 
 def _sources(routing: RankRouting) -> torch.Tensor:
