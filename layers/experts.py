@@ -68,6 +68,13 @@ class GroupedExperts(nn.Module):
         nn.init.normal_(self.w_gate_up, std=self.init_std)
         nn.init.normal_(self.w_down, std=self.init_std)
 
+    def prepare(self) -> None:
+        """What `forward` does first and needs no rows for, here and now: weights in FP8. For a while in which the GPU
+        would have nothing to do, as in ``meanwhile`` of `moe_ep.dispatch`.
+        """
+        if self.fp8 is not None:
+            self.fp8_weights.gate_up.prepare(self.w_gate_up, trained=torch.is_grad_enabled())
+
     def forward(
         self,
         rows_NH: torch.Tensor | Fp8Tokens,

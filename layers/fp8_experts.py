@@ -37,6 +37,9 @@ Weights = tuple[torch.Tensor, ...]
 """One stacked ``[L, O, I]``, or ``[O, I]`` for each of L experts."""
 
 
+Key = list[tuple[int, int]]
+"""Address and version of each weight."""
+
 _QUANTIZE = "moe_ep.experts.quantize_weight"
 
 PIECE_BYTES = 256 << 20
@@ -53,11 +56,20 @@ class QuantizedWeight:
 
     def __init__(self, keep: bool) -> None:
         self.keep = keep
-        self._key: list[tuple[int, int]] | None = None
+        self._key: Key | None = None
         self._kept: tuple[Fp8Weight | None, Fp8Weight | None] = (None, None)
+        self._prepared: tuple[Key, Fp8Weight] | None = None
+
+    def prepare(self, *weights: torch.Tensor, trained: bool) -> None:
+        """Make what `for_forward` will be asked for next, on the current stream."""
+        self._prepared = None  # memory first
+        self._prepared = _key_of(weights), self.for_forward(*weights, trained=trained)
 
     def for_forward(self, *weights: torch.Tensor, trained: bool) -> Fp8Weight:
         """``[L, O, I]``; ``trained``: a backward will follow."""
+        prepared, self._prepared = self._prepared, None
+        if prepared is not None and prepared[0] == _key_of(weights):
+            return prepared[1]
         if self.keep:
             return self._kept_for(weights, 0, trained)
         with torch.no_grad(), named_range(_QUANTIZE):
@@ -79,16 +91,20 @@ class QuantizedWeight:
             del quantized  # memory first
 
     def forget(self) -> None:
-        self._key, self._kept = None, (None, None)
+        self._key, self._kept, self._prepared = None, (None, None), None
 
     def _kept_for(self, weights: Weights, which: int, both: bool) -> Fp8Weight:
-        key = [(weight.data_ptr(), weight._version) for weight in weights]
+        key = _key_of(weights)
         if key != self._key or self._kept[which] is None:
             self.forget()  # memory first
             with torch.no_grad(), named_range(_QUANTIZE):
                 self._kept = quantize_weight(*weights, transposed=both)
             self._key = key
         return self._kept[which]
+
+
+def _key_of(weights: Weights) -> Key:
+    return [(weight.data_ptr(), weight._version) for weight in weights]
 
 
 @dataclass

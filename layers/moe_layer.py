@@ -91,11 +91,13 @@ class MoELayer(nn.Module):
             return y_TH.view_as(x), routed.aux_loss
         shared_TH: list[torch.Tensor] = []
 
-        def run_shared() -> None:
+        def meanwhile() -> None:
             if self.shared is not None:
                 shared_TH.append(self.shared(x_TH))
+            if self.config.layout == "expert":
+                self.experts.prepare()
 
-        out = self.dispatcher.dispatch(x_TH, routed.topk_idx, routed.topk_weights, meanwhile=run_shared)
+        out = self.dispatcher.dispatch(x_TH, routed.topk_idx, routed.topk_weights, meanwhile=meanwhile)
         y_TH = sum(shared_TH, self.dispatcher.combine(self.run_experts(out), out.handle))
         return y_TH.view_as(x), routed.aux_loss
 

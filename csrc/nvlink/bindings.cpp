@@ -195,7 +195,7 @@ void bind(py::module_& module) {
           "combine",
           [](const Communicator& self, Address rows, DType dtype, int64_t row_bytes, Address row_weights,
              Address bias_0, Address bias_1, Address tables, int num_tokens, Address out, Address out_weights,
-             bool expert_layout, int num_blocks, int send_blocks, Address stream) {
+             bool expert_layout, int num_blocks, int send_blocks, Address stream, int num_added) {
             const Combine combine{pointer<char>(rows),
                                   dtype,
                                   row_bytes,
@@ -208,12 +208,14 @@ void bind(py::module_& module) {
                                   expert_layout,
                                   num_blocks,
                                   send_blocks,
-                                  pointer<CUstream_st>(stream)};
+                                  pointer<CUstream_st>(stream),
+                                  num_added};
             self.launch([&](const Group& group) { return launch_combine(group, combine); });
           },
           py::arg("rows"), py::arg("dtype"), py::arg("row_bytes"), py::arg("row_weights"), py::arg("bias_0"),
           py::arg("bias_1"), py::arg("tables"), py::arg("num_tokens"), py::arg("out"), py::arg("out_weights"),
-          py::arg("expert_layout"), py::arg("num_blocks"), py::arg("send_blocks"), py::arg("stream"));
+          py::arg("expert_layout"), py::arg("num_blocks"), py::arg("send_blocks"), py::arg("stream"),
+          py::arg("num_added") = 0);
 }
 
 }  // namespace moe_ep::nvlink

@@ -131,8 +131,11 @@ struct Context {
         lane(threadIdx.x % 32) {}
 
   __device__ float weight_of(int64_t row, int k) const {
-    return __ldcg(combine.row_weights + (combine.expert_layout ? row : row * group.num_topk + k));
+    return __ldcg(combine.row_weights + (combine.expert_layout ? row : row * numbers() + k));
   }
+
+  // That belong to a row, one for each lane.
+  __device__ int numbers() const { return combine.num_added ? combine.num_added : group.num_topk; }
 };
 
 // Gives this lane's words of an item's row segments, one after another. More are loaded every second time,
@@ -233,7 +236,10 @@ struct Send {
     item.rows = {append(row_of_lane, 0, row_of_lane, here),
                  context.combine.expert_layout ? __popc(here) : min(__popc(here), 1)};
     item.weight = 0.0f;
-    if (context.combine.row_weights != nullptr && from >= 0) {
+    if (context.combine.num_added) {
+      const int64_t row_here = __shfl_sync(kAllLanes, from, max(0, __ffs(here) - 1));
+      if (here && context.lane < context.numbers()) item.weight = context.weight_of(row_here, context.lane);
+    } else if (context.combine.row_weights != nullptr && from >= 0) {
       item.weight = context.weight_of(from, context.lane);
     }
     return Fetched::ready;
@@ -258,7 +264,7 @@ struct Send {
       add_up(sums, item.rows.count, [&](int) { return segments.next(); });
       write_words(slot + begin, bytes, [&](int v) { return sums.rounded(v); });
     }
-    if (context.combine.row_weights != nullptr && context.lane < context.group.num_topk) {
+    if (context.combine.row_weights != nullptr && context.lane < context.numbers()) {
       reinterpret_cast<float*>(slot + belt.row_bytes())[context.lane] = item.weight;
     }
     if (item.signal >= 0) mailbox.announce(item.peer, item.signal, context.slots.round(item.index));
@@ -359,7 +365,9 @@ struct Receive {
                  num_biases,
                  {combine.biases[0] + offset, combine.biases[1] + offset}};
     item.weight = 0.0f;
-    if (combine.row_weights != nullptr) {
+    if (combine.num_added) {
+      item.weight = add_numbers(row, index, item.arrived, __ballot_sync(kAllLanes, own && last));
+    } else if (combine.row_weights != nullptr) {
       if (remote)
         item.weight = __ldcg(reinterpret_cast<const float*>(row + combine.row_bytes) + context.lane);
       if (own) item.weight = context.weight_of(index, context.lane);
@@ -368,6 +376,27 @@ struct Receive {
     tokens.advance();
     entry = entry_of(tokens.current());
     return Fetched::ready;
+  }
+
+  // The sum of this lane's numbers of the rows that lanes have: `arrived` from other ranks, `own` this
+  // rank's.
+  __device__ float add_numbers(const char* row, int index, unsigned int arrived, unsigned int own) const {
+    const Combine& combine = context.combine;
+    const int lane = context.lane;
+    float sum = 0.0f;
+    bool is_first = true;
+    for (unsigned int left = arrived | own; left; left &= left - 1) {
+      const int from = __ffs(left) - 1;
+      const char* slot = of_lane(row, from);
+      const int own_row = __shfl_sync(kAllLanes, index, from);
+      if (lane >= combine.num_added) continue;
+      const float number = own >> from & 1
+                               ? context.weight_of(own_row, lane)
+                               : __ldcg(reinterpret_cast<const float*>(slot + combine.row_bytes) + lane);
+      sum = is_first ? number : __fadd_rn(sum, number);
+      is_first = false;
+    }
+    return sum;
   }
 
   template <typename LoadAhead>
@@ -391,9 +420,9 @@ struct Receive {
       add_up(sums, item.terms, [&](int i) { return i == item.own_at ? stash : segments.next(); });
       write_words(out + begin, bytes, [&](int v) { return sums.rounded(v); });
     }
-    const int num_topk = context.group.num_topk;
-    if (combine.row_weights != nullptr && context.lane < num_topk) {
-      combine.out_weights[static_cast<int64_t>(item.token) * num_topk + context.lane] = item.weight;
+    const int numbers = context.numbers();
+    if (combine.row_weights != nullptr && context.lane < numbers) {
+      combine.out_weights[static_cast<int64_t>(item.token) * numbers + context.lane] = item.weight;
     }
     for (unsigned int left = item.arrived; left; left &= left - 1) {
       const int rank = __shfl_sync(kAllLanes, item.source, __ffs(left) - 1);
@@ -438,7 +467,13 @@ __global__ void __launch_bounds__(32 * (kWarps + 1), 1)
 
 Status launch_combine(const Group& group, const Combine& combine) {
   Launch launch{combine, {}, {}};
-  const int numbers = combine.row_weights == nullptr ? 0 : group.num_topk;
+  if (combine.num_added > kMaxTopk || (combine.num_added && combine.expert_layout)) {
+    return Status::invalid("%d numbers of each row are to be added up; up to %d can be, in the rank layout",
+                           combine.num_added, kMaxTopk);
+  }
+  const int numbers = combine.row_weights == nullptr ? 0
+                      : combine.num_added            ? combine.num_added
+                                                     : group.num_topk;
   launch.slots = Slots(group, align16(combine.row_bytes + 4 * numbers));
   if (group.size > 1 && launch.slots.rows == 0) return ring_too_small(group, launch.slots.bytes);
   launch.belt.segment_bytes = kSegmentBytes;

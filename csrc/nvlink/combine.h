@@ -17,11 +17,14 @@ struct Combine {
   const int* tables;               // PlanTables
   int num_tokens;                  // T
   char* out;                       // [T, width] of dtype
-  float* out_weights;              // [T, K]
+  float* out_weights;              // [T, K], or [T, num_added]
   bool expert_layout;
   int num_blocks;
   int send_blocks;  // of these; 0 in a group of one rank, else enough for a warp for each peer
   cudaStream_t stream;
+  // Not 0, in the rank layout: row_weights are numbers [N, num_added] that are added up over ranks, by the
+  // order of the last k of each, as the rows are; out_weights are the sums. Up to 32.
+  int num_added = 0;
 };
 
 Status launch_combine(const Group& group, const Combine& combine);

@@ -37,6 +37,9 @@ _NOWHERE = 16
 ChooseNumSms = Callable[[str, str, int, int], int]
 """From operation, layout, bytes of an element on the wire and tokens."""
 
+_LEAST_RING_BYTES = 16 << 10
+"""So that what goes with the rows of few tokens fits, too: a chunk of 4 rows of 4 KiB."""
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -54,11 +57,11 @@ class Shape:
 
     def ring_bytes(self, kernels: ModuleType) -> int:
         """Of the rows that one rank may have under way to another: max_tokens_per_rank rows of 2 * hidden bytes with
-        their weights. Wider rows take turns."""
+        their weights, 16 KiB at least. Wider rows take turns."""
         chunk = kernels.nvlink.CHUNK
         rows = -(-self.max_tokens_per_rank // chunk) * chunk
         narrow, wide = (-(-(size * self.hidden + 4 * self.num_topk) // 16) * 16 for size in (2, 4))
-        return max(rows * narrow, chunk * wide)
+        return max(rows * narrow, chunk * wide, _LEAST_RING_BYTES)
 
 
 WINDOW_FORMULA = (
@@ -353,7 +356,9 @@ class NvlinkBackend(Backend):
         state: Sequence[torch.Tensor],
         spec: RoutingSpec,
         num_sms: int | None = None,
+        adds_weights: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """``adds_weights``: ``row_weights [N, n]``, n up to 32, are added up over ranks, ``[T, n]``."""
         if self._cpu is not None and not rows.is_cuda:
             return self._cpu.combine(rows, row_weights, biases, state, spec)
         self.check_health(bad_ids=False)
@@ -364,7 +369,8 @@ class NvlinkBackend(Backend):
         out = rows.new_empty((num_tokens, rows.shape[1]))
         topk_weights = None
         if row_weights is not None:
-            topk_weights = row_weights.new_empty((num_tokens, spec.num_topk))
+            width = row_weights.shape[1] if adds_weights else spec.num_topk
+            topk_weights = row_weights.new_empty((num_tokens, width))
         biases = [_aligned(bias.contiguous()) for bias in biases]
         addresses = [bias.data_ptr() for bias in biases] + [0] * (_MAX_BIASES - len(biases))
         num_blocks, send_blocks = self.num_sms(
@@ -385,6 +391,7 @@ class NvlinkBackend(Backend):
             num_blocks=num_blocks,
             send_blocks=send_blocks,
             stream=self.stream(),
+            num_added=row_weights.shape[1] if adds_weights else 0,
         )
         return out, topk_weights
 

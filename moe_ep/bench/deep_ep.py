@@ -28,24 +28,41 @@ NUM_SMS = 24
 _ITERATIONS = 20
 _ENQUEUED = 10
 _NUM_INPUTS = 3
-_HEADER = ("interface", "call", "dtype", "ours: GPU us", "GPU us", "more", "ours: host us", "host us")
+_HEAD_START = 4_000_000  # clock cycles: 2 ms, more than any call takes the host
+_PROFILED = 7
+_HEADER = (
+    "interface",
+    "call",
+    "dtype",
+    "ours",
+    "GPU us",
+    "more",
+    "ours: kernels",
+    "kernels",
+    "more",
+    "ours: host",
+    "host",
+)
 _NUM_TEXTS = 3
 
 LEGEND = """\
-GPU us: events around the call, the slowest rank. ours: moe_ep's own call for the same work: layout, dtype, sizes, SMs,
-and weights where both have them. first: exchanges its routing, with exact sizes (the host waits for them) or static
-ones; cached: by a handle. host us: of a call among many; in a first call of exact sizes with its wait."""
+GPU us: events around the call, the slowest rank. kernels: its kernels alone, added up. They differ by the time in which
+the GPU waits for the host, as it does in a first call of exact sizes, for which the host waits in between. ours:
+moe_ep's own call for the same work: layout, dtype, sizes, SMs, and weights where both have them. first: exchanges its
+routing, with exact or static sizes; cached: by a handle. host: us of a call among many, its waits included."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Microseconds of the slowest rank; ``ours`` None where moe_ep has no such call."""
+    """Microseconds of the slowest rank; ``ours`` None where moe_ep has no such call, kernels' on a CPU."""
 
     interface: str
     call: str
     dtype: str
     ours_us: float | None
     us: float
+    ours_kernels_us: float | None
+    kernels_us: float | None
     ours_host_us: float | None
     host_us: float
 
@@ -129,9 +146,17 @@ def report(results: dict[str, Any]) -> None:
 
 
 def _line(row: Comparison) -> tuple[str, ...]:
-    more = None if row.ours_us is None else row.us - row.ours_us
-    numbers = (row.ours_us, row.us, more, row.ours_host_us, row.host_us)
+    numbers = (
+        *_with_difference(row.ours_us, row.us),
+        *_with_difference(row.ours_kernels_us, row.kernels_us),
+        row.ours_host_us,
+        row.host_us,
+    )
     return row.interface, row.call, row.dtype, *("-" if n is None else f"{n:.1f}" for n in numbers)
+
+
+def _with_difference(ours: float | None, theirs: float | None) -> tuple[float | None, ...]:
+    return ours, theirs, None if ours is None or theirs is None else theirs - ours
 
 
 def _compare(pair: Pair, iterations: int, device: torch.device) -> Comparison:
@@ -139,7 +164,8 @@ def _compare(pair: Pair, iterations: int, device: torch.device) -> Comparison:
     operations = {"theirs": lambda i: pair.theirs(2 * i)}
     if pair.ours is not None:
         operations["ours"] = lambda i: pair.ours(2 * i + 1)
-    us = time_operations(operations, iterations, device)
+    us = time_operations(operations, iterations, device, head_start=_HEAD_START)
+    kernels_us = {name: _kernels_us(operation, device) for name, operation in operations.items()}
     host_us = {name: _host_us(operation, device) for name, operation in operations.items()}
     return Comparison(
         pair.interface,
@@ -147,9 +173,16 @@ def _compare(pair: Pair, iterations: int, device: torch.device) -> Comparison:
         pair.dtype,
         us["ours"].max_us if pair.ours is not None else None,
         us["theirs"].max_us,
+        kernels_us.get("ours"),
+        kernels_us["theirs"],
         host_us.get("ours"),
         host_us["theirs"],
     )
+
+
+def _kernels_us(operation: Operation, device: torch.device) -> float | None:
+    us = gather(Stopwatch(device, _HEAD_START).kernels_us(operation, _PROFILED))
+    return None if None in us else max(us)
 
 
 def _host_us(operation: Operation, device: torch.device) -> float:

@@ -9,9 +9,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 
 WARMUP = 5
-_SLEEP_CYCLES = 1_000_000  # half a millisecond in which the host, slower than the GPU, gets ahead of it
+HEAD_START = 1_000_000
+"""Clock cycles, half a millisecond, in which the host, slower than the GPU, gets ahead of it."""
 
 Operation = Callable[[int], object]
 """Gets the number of the call, by which it chooses among its inputs."""
@@ -38,8 +41,9 @@ class Timing:
 class Stopwatch:
     """Times calls that all ranks begin together. On a CPU all its clocks are the host's."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, head_start: int = HEAD_START) -> None:
         self._on_gpu = device.type == "cuda"
+        self._head_start = head_start
         self._number = torch.zeros(1, device=device)
 
     def device_us(self, operation: Operation, i: int) -> float:
@@ -61,8 +65,26 @@ class Stopwatch:
     def begin_together(self) -> None:
         """What the GPU is given next it does when every rank's has come to it, and the host is some way ahead."""
         if self._on_gpu:
-            torch.cuda._sleep(_SLEEP_CYCLES)
+            torch.cuda._sleep(self._head_start)
         self._meet()
+
+    def kernels_us(self, operation: Operation, iterations: int) -> float | None:
+        """The time of a call's kernels and copies alone, added up: the median over ``iterations``. None on a CPU."""
+        if not self._on_gpu:
+            return None
+        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+            for i in range(iterations):
+                self.begin_together()
+                operation(i)
+            self._wait()
+        sums: list[float] = []
+        events = [event for event in profiler.events() if event.device_type == DeviceType.CUDA]
+        for event in sorted(events, key=lambda event: event.time_range.start):
+            if "spin_kernel" in event.name:  # the head start
+                sums.append(0.0)
+            elif "nccl" not in event.name.lower():
+                sums[-1] += event.time_range.elapsed_us()
+        return median(sums)
 
     def wall_us(self, operation: Operation, i: int) -> float:
         """The host's time from before the call until the GPU has ended it."""
@@ -108,12 +130,13 @@ def time_operations(
     iterations: int,
     device: torch.device,
     communication_s: Callable[[], float] | None = None,
+    head_start: int = HEAD_START,
 ) -> dict[str, Timing]:
     """Time each operation ``iterations`` times, one after another in every round, so that all see the same machine.
 
     ``communication_s``: a clock of the time spent communicating so far.
     """
-    watch = Stopwatch(device)
+    watch = Stopwatch(device, head_start)
     times: dict[str, list[float]] = {name: [] for name in operations}
     outside: dict[str, list[float]] = {name: [] for name in operations}
     for i in range(WARMUP + iterations):

@@ -224,6 +224,19 @@ def test_weights_are_quantised_again_when_they_change():
         assert torch.equal(forward(quantized).scale_inv, 2 * second.scale_inv)
 
 
+def test_a_weight_that_was_prepared_is_used_once_and_only_as_it_was():
+    weight = torch.nn.Parameter(random(2, 128, 256))
+    for keep in (False, True):
+        quantized = QuantizedWeight(keep)
+        quantized.prepare(weight, trained=True)
+        first = quantized.for_forward(weight, trained=True)
+        assert (quantized.for_forward(weight, trained=True) is first) == keep
+        quantized.prepare(weight, trained=True)
+        with torch.no_grad():
+            weight.mul_(2)
+        assert torch.equal(quantized.for_forward(weight, trained=True).scale_inv, 2 * first.scale_inv)
+
+
 @pytest.mark.parametrize("stacked", [True, False])
 def test_weights_are_quantised_some_experts_at_a_time(stacked, monkeypatch):
     groups = RowGroups(torch.tensor([16, 0, 32, 16, 8]), [16, 0, 32, 16, 8], 72)

@@ -3,6 +3,7 @@
 ``OVERLAP_STEPS`` shortens the long runs (default 2,000 steps for each mode).
 """
 
+import contextlib
 import os
 import threading
 
@@ -20,6 +21,7 @@ from overlap_stress import (
 from processes import run_cuda
 
 import moe_ep
+from moe_ep.errors import PeerTimeoutError
 from moe_ep.testing import run_ranks
 
 # Kernels of virtual ranks wait for each other; CUDA has to know before its first call (moe_ep.testing).
@@ -42,11 +44,16 @@ def ranks(mode, fn):
 @pytest.fixture(scope="module", autouse=True)
 def loaded_libraries():
     """Libraries load kernels at their first use and wait for the device then: one rank, which waits for nobody, goes
-    first."""
+    first; then all, whose other shapes may take other kernels, until no rank has waited for another in vain."""
     with random_delays():
         for mode in MODES:
             for how in HOW:
                 run_ranks(1, lambda comm: run_once(comm, mode, how), device="cuda", **sizes(mode))
+                for _ in range(3):
+                    with contextlib.suppress(PeerTimeoutError):
+                        arguments = {"device": "cuda", "timeout_s": 2.0, **sizes(mode)}
+                        run_ranks(NUM_RANKS, lambda comm: run_once(comm, mode, how), **arguments)
+                        break
 
 
 def run_once(comm, mode, how):

@@ -82,15 +82,15 @@ class NormalMode:
         routing = planned.routing
         rows, words = routing.send_packed(data, words, num_sms or None)
         local_experts = len(sent.num_tokens_per_expert) // self.communicators.size
-        sources, per_expert = planned.later()
         arrived = unpack_received(
             words,
             scales,
             topk_idx,
             first_expert=self.communicators.rank * local_experts,
             num_local=local_experts,
-            with_sources=sources is None,
+            with_sources=plan.sends_sources,
         )
+        sources, per_expert = planned.later()
         tensors = (
             planned.before[1:],
             sent.num_tokens_per_rank.unsqueeze(1),
@@ -130,8 +130,9 @@ class NormalMode:
             transport.check_numbers("topk_weights", topk_weights, (routing.num_rows, None), torch.float32)
         for i, bias in enumerate(biases):
             transport.check_numbers(f"bias {i}", bias, (routing.num_tokens, x.shape[1]), x.dtype)
-        y = routing.bring_back(x, biases, num_sms or None)
-        return y, None if topk_weights is None else routing.bring_back_floats(topk_weights)
+        if topk_weights is None:
+            return routing.bring_back(x, biases, num_sms or None), None
+        return routing.bring_back_with(x, topk_weights, biases, num_sms or None)
 
     def _has_kernels(self, x: torch.Tensor) -> bool:
         return x.is_cuda and self.communicators.nvlink() is not None

@@ -89,6 +89,8 @@ class Room:
 class PlanByMessages:
     """Ranks tell each other their counts in a dispatch of its own, for which the host waits."""
 
+    sends_sources = True
+
     def __init__(self, communicators: Communicators, room: Room) -> None:
         self._communicators = communicators
         self._room = room
@@ -137,6 +139,8 @@ class PlanByMessages:
 
 class PlanByKernels:
     """Counts travel with the routing, as notes (csrc/nvlink/plan.h), so that the host waits once, or not at all."""
+
+    sends_sources = False
 
     def __init__(self, communicators: Communicators, room: Room) -> None:
         self._communicators = communicators

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
+from ...backends.nvlink import NvlinkBackend
 from ...communicator import Communicator
 from ...handle import DispatchHandle
 from . import transport
@@ -18,6 +19,7 @@ from .transport import Communicators
 
 ROW_WORDS_MULTIPLE = 4  # rows are made of 16 bytes
 _WORDS_BEHIND_ROWS = 64  # of ids and weights, for top-32
+_MOST_VALUES = 32  # that the kernels add up beside a row
 
 
 class RankRouting:
@@ -67,6 +69,25 @@ class RankRouting:
         """Sums ``[T, H]`` of ``rows [num_rows, H]``: the biases, then ranks in ascending order."""
         handle = self._for(self._communicator(rows), num_sms)
         return transport.bring_back(rows, None, biases, handle, num_sms)[0]
+
+    def bring_back_with(
+        self,
+        rows: torch.Tensor,
+        values: torch.Tensor,
+        biases: Sequence[torch.Tensor] = (),
+        num_sms: int | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`bring_back` of rows, and `bring_back_floats` of ``values``; by the kernels in one."""
+        comm = self._communicator(rows)
+        backend = comm._impl
+        fits = 0 < values.shape[1] <= _MOST_VALUES
+        if not (rows.is_cuda and isinstance(backend, NvlinkBackend) and fits):
+            return self.bring_back(rows, biases, num_sms), self.bring_back_floats(values)
+        handle = self._for(comm, num_sms)
+        num_sms = min(num_sms, backend.available_sms) if num_sms else None
+        return backend.combine(
+            rows, values.contiguous(), biases, handle.state, handle.spec, num_sms, adds_weights=True
+        )
 
     def send_words(self, words: torch.Tensor) -> torch.Tensor:
         """`send` of 32-bit ``words [T, n]`` alone."""
