@@ -94,7 +94,7 @@ class MoELayer(nn.Module):
         def meanwhile() -> None:
             if self.shared is not None:
                 shared_TH.append(self.shared(x_TH))
-            if self.config.layout == "expert":
+            if self.config.fp8_experts is not None:
                 self.experts.prepare()
 
         out = self.dispatcher.dispatch(x_TH, routed.topk_idx, routed.topk_weights, meanwhile=meanwhile)
