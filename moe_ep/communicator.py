@@ -155,7 +155,7 @@ class Communicator:
     def barrier(self) -> None:
         """Return when every rank has called it. Raises PeerTimeoutError."""
         self.check_open()
-        self._impl.all_gather(torch.zeros(1, dtype=torch.int64))
+        self._impl.all_gather(torch.zeros(1, dtype=torch.int64, device="cpu"))
 
     def close(self) -> None:
         """Free the communicator's memory. Not collective; safe to call twice. Its handles become useless."""
@@ -189,7 +189,7 @@ class Communicator:
     def _check_agreement(self) -> None:
         """Ranks made with different numbers would misread each other's messages."""
         names = ("hidden", "max_tokens_per_rank", "num_experts", "num_topk")
-        mine = torch.tensor([getattr(self, name) for name in names])
+        mine = torch.tensor([getattr(self, name) for name in names], device="cpu")
         for rank, theirs in enumerate(self._impl.all_gather(mine).tolist()):
             for name, value in zip(names, theirs, strict=True):
                 if value != getattr(self, name):

@@ -50,6 +50,23 @@ def run_case(case: Case, comm: moe_ep.Communicator, device: torch.device | str =
     return on_cpu(results)
 
 
+def is_the_same_by_default_elsewhere(case: Case, group: object, rank: int) -> bool:
+    """Whether a communicator and its calls give what they should where new tensors by default have no memory: what has
+    to lie in the host's memory must say so.
+    """
+    inputs = case.inputs(rank)
+    results = []
+    for default in ("cpu", "meta"):
+        with torch.device(default), moe_ep.Communicator(group, **case.communicator_arguments) as comm:
+            x = inputs.x.clone().requires_grad_()
+            out = moe_ep.dispatch(x, inputs.topk_idx, inputs.topk_weights, comm, **case.dispatch_arguments)
+            y = moe_ep.combine(out.tokens, out.handle)
+            (grad,) = torch.autograd.grad(y, x, x.detach())
+            comm.barrier()
+            results.append([out.tokens, out.tokens_per_expert, y, grad])
+    return all(torch.equal(got, wanted) for got, wanted in zip(*results, strict=True))
+
+
 def settle(device: torch.device | str) -> None:
     """Wait for the current stream, so that a copy to or from the host needn't wait inside the driver.
 

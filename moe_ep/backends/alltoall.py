@@ -106,7 +106,7 @@ class AllToAllBackend(Backend):
 
     def allocate(self, name: str, num_bytes: int) -> torch.Tensor:
         """Memory for scratch; what lay under ``name`` before is no longer needed."""
-        return torch.empty(num_bytes, dtype=torch.uint8)
+        return torch.empty(num_bytes, dtype=torch.uint8, device="cpu")
 
     def close(self) -> None:
         self._scratch.clear()
@@ -160,7 +160,7 @@ class AllToAllBackend(Backend):
             rows_needed=receives.rows_needed,
             splits=receives.splits,
             tokens=topk_idx.new_empty((len(topk_idx), 0), dtype=torch.int64),
-            host_sizes=torch.cat([torch.tensor(counts).flatten(), *list_sizes]),
+            host_sizes=torch.cat([torch.tensor(counts, device="cpu").flatten(), *list_sizes]),
             blocks=receives.blocks,
             row_places=receives.row_places,
             send_tokens=sends.tokens,
@@ -211,7 +211,7 @@ class AllToAllBackend(Backend):
     def all_gather(self, values: torch.Tensor) -> torch.Tensor:
         columns = values.to(self.device).unsqueeze(1).expand(-1, self.size)
         received = self._exchange_columns(columns, "a barrier")
-        return torch.tensor(self.host_values(received, "a barrier")).t()
+        return torch.tensor(self.host_values(received, "a barrier"), device="cpu").t()
 
     # --- dispatch ---
 

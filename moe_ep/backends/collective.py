@@ -166,7 +166,7 @@ class _HostTransfer:
             shared = backend.shares_memory(message)
             self._send(message.peer, self._notice_of(message.tensor) if shared else _as_bytes(message.tensor))
             if shared:
-                byte = torch.empty(1, dtype=torch.uint8)
+                byte = torch.empty(1, dtype=torch.uint8, device="cpu")
                 work = self._post(dist.irecv, message.peer, byte, acknowledgement=True)
                 self._leaving.append((message.peer, work, byte))
 
@@ -187,7 +187,7 @@ class _HostTransfer:
     def release(self) -> None:
         self._deadline = time.monotonic() + self._backend.timeout_s
         for peer in self._to_acknowledge:
-            self._send(peer, torch.zeros(1, dtype=torch.uint8), acknowledgement=True)
+            self._send(peer, torch.zeros(1, dtype=torch.uint8, device="cpu"), acknowledgement=True)
         for peer, work, _ in self._leaving:
             self._end(peer, work)
         self._raise_if_failed()

@@ -84,7 +84,7 @@ class LowLatency:
         on_device = {"dtype": torch.int32, "device": self.device}
         self.masked = torch.zeros(self.size, **on_device)
         self._failed = torch.zeros(1, **on_device)
-        self._host = torch.zeros(self._kernels.HOST_BYTES, dtype=torch.uint8, pin_memory=True)
+        self._host = torch.zeros(self._kernels.HOST_BYTES, dtype=torch.uint8, device="cpu", pin_memory=True)
         self._by_shape: dict[Shape, _Calls] = {}
 
     def dispatch(
@@ -255,7 +255,7 @@ class LowLatency:
             host=self._host.data_ptr(),
         )
         torch.cuda.current_stream(self.device).synchronize()
-        members.all_gather(torch.zeros(1, dtype=torch.int64))  # all memory is there and zero
+        members.all_gather(torch.zeros(1, dtype=torch.int64, device="cpu"))  # all memory is there and zero
         return _Calls(launches, (memory, counters))
 
     def _check_limits(self, shape: Shape) -> None:

@@ -136,7 +136,7 @@ class NvlinkBackend(Backend):
             dtype=torch.uint8,
             device=device,
         )
-        self._host = torch.zeros(limits.HOST_BYTES, dtype=torch.uint8, pin_memory=True)
+        self._host = torch.zeros(limits.HOST_BYTES, dtype=torch.uint8, device="cpu", pin_memory=True)
         self._kernel_dtypes = {
             dtype: getattr(kernels.DType, str(dtype).removeprefix("torch.")) for dtype in _KERNEL_DTYPES
         }
@@ -157,7 +157,7 @@ class NvlinkBackend(Backend):
         self._num_sms: dict[tuple, tuple[int, int]] = {}
         self._last_stream: torch.cuda.Stream | None = None
         torch.cuda.current_stream(device).synchronize()
-        members.all_gather(torch.zeros(1, dtype=torch.int64))  # all memory is there and zero
+        members.all_gather(torch.zeros(1, dtype=torch.int64, device="cpu"))  # all memory is there and zero
 
     def plan(
         self,
@@ -211,14 +211,14 @@ class NvlinkBackend(Backend):
         if exact:
             num_rows, splits = self._wait_for_plan(topk_idx, spec)
         else:
-            num_rows, splits = max_rows, torch.empty(0, dtype=torch.int64)
+            num_rows, splits = max_rows, torch.empty(0, dtype=torch.int64, device="cpu")
         rows = counts.new_empty(num_rows) if ids is None else ids[:num_rows]
         return [tokens_per_expert, padded, rows, needed, splits, tokens, tables]
 
     def _wait_for_plan(self, topk_idx: torch.Tensor, spec: RoutingSpec) -> tuple[int, torch.Tensor]:
         """Rows of the exact result, and of each local expert."""
         communicator = self._communicator
-        splits = torch.empty(spec.num_local_experts, dtype=torch.int64)
+        splits = torch.empty(spec.num_local_experts, dtype=torch.int64, device="cpu")
         # The kernels give up by themselves after timeout_s.
         if not communicator.wait_for_plan(self._tickets, 2 * self.timeout_s + 10):
             self.check_health()

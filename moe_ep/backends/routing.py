@@ -183,8 +183,8 @@ def _plan_blocks(
     num_blocks = spec.num_local_experts * num_ranks
     on_cpu = rows.device.type == "cpu"
     if not on_cpu or spec.max_recv_rows is not None or len(rows) < MIN_BLOCK_ROWS * num_blocks:
-        return torch.empty(0, dtype=torch.int64), rows.new_empty(0)
-    starts = torch.tensor(arrivals.starts)
+        return torch.empty(0, dtype=torch.int64, device="cpu"), rows.new_empty(0)
+    starts = torch.tensor(arrivals.starts, device=sorted_arrival.device)
     source = torch.searchsorted(starts, sorted_arrival, right=True) - 1
     blocks = torch.bincount(sorted_expert * num_ranks + source, minlength=num_blocks)
     row_source = torch.searchsorted(starts, rows, right=True) - 1
@@ -208,7 +208,7 @@ def _plan_rank_layout(
     needed = torch.tensor([num_arrivals], device=expert.device)
     ids = ids[: num_rows * num_topk].view(num_rows, num_topk).contiguous()
     splits = counts.to("cpu", copy=True)
-    blocks, row_places = torch.empty(0, dtype=torch.int64), ids.new_empty(0)
+    blocks, row_places = torch.empty(0, dtype=torch.int64, device="cpu"), ids.new_empty(0)
     return ReceivePlan(counts, counts.clone(), ids, needed, splits, blocks, row_places, entry_rows, no_sums)
 
 

@@ -132,7 +132,7 @@ def _add_with_kernel(lists: list[Terms], out: torch.Tensor, biases: Sequence[tor
     dtype = getattr(kernels.DType, str(out.dtype).removeprefix("torch."), None) if kernels else None
     if dtype is None:
         return False
-    every = torch.arange(len(out))
+    every = torch.arange(len(out), device=out.device)
     lists = [*(Terms(bias.contiguous(), every, every) for bias in biases), *lists]
     kernels.sum_rows(
         out=out.data_ptr(),

@@ -54,8 +54,8 @@ class Neighbours:
         number = secrets.randbits(62)
         beacon = self._allocate_beacon(number)
         fd = beacon.fd if beacon is not None else -1
-        addresses = all_gather(torch.tensor([os.getpid(), fd, number]))
-        mine = torch.tensor([_can_read(address) for address in addresses], dtype=torch.int64)
+        addresses = all_gather(torch.tensor([os.getpid(), fd, number], device="cpu"))
+        mine = torch.tensor([_can_read(address) for address in addresses], dtype=torch.int64, device="cpu")
         readable = all_gather(mine).bool()
         mutual = readable[rank] & readable[:, rank]
         self._pids = {r: int(addresses[r, 0]) for r in mutual.nonzero().flatten().tolist() if r != rank}
@@ -93,11 +93,13 @@ class Neighbours:
     @staticmethod
     def notice(buffer: SharedBuffer, tensor: torch.Tensor) -> torch.Tensor:
         """The word that ``tensor`` lies in ``buffer``; int64."""
-        return torch.tensor([buffer.number, buffer.fd, len(buffer.bytes), buffer.offset_of(tensor)])
+        return torch.tensor(
+            [buffer.number, buffer.fd, len(buffer.bytes), buffer.offset_of(tensor)], device="cpu"
+        )
 
     @staticmethod
     def empty_notice() -> torch.Tensor:
-        return torch.empty(_NOTICE_FIELDS, dtype=torch.int64)
+        return torch.empty(_NOTICE_FIELDS, dtype=torch.int64, device="cpu")
 
     def read(self, peer: int, notice: torch.Tensor, num_bytes: int) -> torch.Tensor:
         """The bytes that ``peer`` has given notice of, in its own memory."""

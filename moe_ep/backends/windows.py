@@ -37,7 +37,7 @@ def why_unavailable(members: Members, device: torch.device | None) -> str | None
     missing = why_not_here(device)
     index = device.index if device is not None else -1
     mine = [missing is None, _host_number(), _device_number(device), index]
-    ranks = members.all_gather(torch.tensor(mine, dtype=torch.int64)).tolist()
+    ranks = members.all_gather(torch.tensor(mine, dtype=torch.int64, device="cpu")).tolist()
     if missing is not None:
         return missing
     for rank, (ready, host, number, index) in enumerate(ranks):
@@ -94,7 +94,11 @@ def symmetric(
     from torch.distributed import _symmetric_memory
 
     memory = _allocate(lambda: _symmetric_memory.empty(num_bytes, dtype=torch.uint8, device=device))
-    fits = members.all_gather(torch.tensor([memory is not None], dtype=torch.int64)).flatten().tolist()
+    fits = (
+        members.all_gather(torch.tensor([memory is not None], dtype=torch.int64, device="cpu"))
+        .flatten()
+        .tolist()
+    )
     if memory is None:
         raise _too_large(num_bytes, device, formula)
     if not all(fits):

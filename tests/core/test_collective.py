@@ -5,7 +5,14 @@ import functools
 import pytest
 import torch
 from cases import LAYOUTS, Case, standard_cases
-from exercise import assert_case, assert_same_bits, dispatch_results, expected, run_case
+from exercise import (
+    assert_case,
+    assert_same_bits,
+    dispatch_results,
+    expected,
+    is_the_same_by_default_elsewhere,
+    run_case,
+)
 from processes import run_gloo
 
 import moe_ep
@@ -120,3 +127,19 @@ def test_subgroups_and_two_communicators_of_one_group():
         assert_case(SUBGROUP_CASE, [results[rank][0][1] for rank in ranks])
     for i in range(6):
         assert_case(OVERLAP_CASES[i % 2], [both[i] for _, both in results])
+
+
+def run_elsewhere():
+    same = []
+    for least in MIN_BYTES.values():
+        collective.SHARED_MEMORY_MIN_BYTES = least
+        for case in (SUBGROUP_CASE, *OVERLAP_CASES):
+            if case.world_size == 2:
+                rank = torch.distributed.get_rank()
+                same.append(is_the_same_by_default_elsewhere(case, torch.distributed.group.WORLD, rank))
+    return same
+
+
+def test_the_callers_default_device_makes_no_difference():
+    results = run_gloo(2, run_elsewhere)
+    assert all(results[0]) and len(results[0]) >= 2 and results[0] == results[1]

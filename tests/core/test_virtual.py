@@ -3,7 +3,15 @@
 import pytest
 import torch
 from cases import LAYOUTS, Case, standard_cases
-from exercise import assert_case, assert_same_bits, dispatch_results, expected, oracle_dispatch, run_case
+from exercise import (
+    assert_case,
+    assert_same_bits,
+    dispatch_results,
+    expected,
+    is_the_same_by_default_elsewhere,
+    oracle_dispatch,
+    run_case,
+)
 
 import moe_ep
 from moe_ep import reference
@@ -363,3 +371,10 @@ def test_routing_too_large_for_one_message(monkeypatch):
         assert_case(
             case, run_ranks(case.world_size, lambda comm, case=case: run_case(case, comm), **arguments)
         )
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("max_recv_rows", [None, 90])
+def test_the_callers_default_device_makes_no_difference(layout, max_recv_rows):
+    case = Case(**{**vars(with_layout(SMALL, layout)), "max_recv_rows": max_recv_rows})
+    assert all(run(case, lambda comm: is_the_same_by_default_elsewhere(case, comm._impl.group, comm.rank)))

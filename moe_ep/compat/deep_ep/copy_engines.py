@@ -45,7 +45,7 @@ class CopyEngines:
         self._others = [(self.rank + i) % self.size for i in range(1, self.size)]
         self._num_gathers = self._num_sessions = 0
         torch.cuda.current_stream(self.device).synchronize()
-        members.all_gather(torch.zeros(1, dtype=torch.int64))  # all memory is there and zero
+        members.all_gather(torch.zeros(1, dtype=torch.int64, device="cpu"))  # all memory is there and zero
 
     def begin(self) -> None:
         """A session, whose gathers wait until every rank has ended the one before."""

@@ -123,5 +123,5 @@ def padded_counts(routing: DispatchHandle, non_blocking: bool) -> torch.Tensor:
         ends = padded.cumsum(0)
         kept = ends.clamp(max=limit) - (ends - padded).clamp(max=limit)
         return kept if non_blocking else kept.cpu()
-    counts = torch.tensor(routing.splits, dtype=torch.int64)
+    counts = torch.tensor(routing.splits, dtype=torch.int64, device="cpu")
     return counts.pin_memory() if padded.is_cuda else counts

@@ -103,7 +103,7 @@ class OperatorCalls:
 
     def mask_status(self) -> torch.Tensor:
         """int32 ``[R]``: 1 for each masked rank."""
-        return torch.tensor(self._roll.status(), dtype=torch.int32)
+        return torch.tensor(self._roll.status(), dtype=torch.int32, device="cpu")
 
     def clear_masks(self) -> None:
         self._roll.clear()

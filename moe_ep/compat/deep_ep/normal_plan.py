@@ -221,7 +221,7 @@ class PlanByKernels:
 
 
 def _pinned(length: int) -> torch.Tensor:
-    return torch.zeros(length, dtype=torch.int64, pin_memory=True)
+    return torch.zeros(length, dtype=torch.int64, device="cpu", pin_memory=True)
 
 
 def _sources(routing: RankRouting) -> torch.Tensor:
