@@ -18,6 +18,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron_models import (
     EXPERTS,
     HIDDEN,
+    begin,
     device,
     gpt_arguments,
     layer_config,
@@ -38,7 +39,7 @@ TOPK = 2
 
 def run_all() -> dict[str, str | None]:
     """By case, the traceback of its failure or None."""
-    parallel_state.initialize_model_parallel(expert_model_parallel_size=2)
+    begin(2)
     results = {}
     for case in CASES:
         try:

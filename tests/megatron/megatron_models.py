@@ -7,11 +7,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.fp8_utils import get_fp8_context
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_mtp_block_spec
 from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
@@ -31,6 +33,13 @@ def device() -> torch.device:
         if torch.cuda.is_available()
         else torch.device("cpu")
     )
+
+
+def begin(ep_size: int) -> None:
+    """Megatron's groups, and what its layers draw weights from on a GPU."""
+    parallel_state.initialize_model_parallel(expert_model_parallel_size=ep_size)
+    if torch.cuda.is_available():
+        model_parallel_cuda_manual_seed(1)
 
 
 def layer_config(config_class: type = TransformerConfig, **changes: Any) -> TransformerConfig:
