@@ -73,6 +73,19 @@ def run_layers(world_size: int, backend: str) -> dict[str, tuple[Tensors, Tensor
     return results
 
 
+def run_flex(backend: str) -> dict[str, tuple[Tensors, Tensors]]:
+    """For each case what the all-to-all gave on this rank, and Megatron's own flex dispatcher."""
+    begin(2)
+    flex = {"moe_token_dispatcher_type": "flex", "moe_flex_dispatcher_backend": backend}
+    results = {}
+    for name in ("shared expert", "shared expert overlap", "capacity", "recompute", "FP8 experts"):
+        x = layer_input(shape=SHAPE, dtype=torch.bfloat16)
+        settings = {**WIDE, **LAYERS[name], "expert_model_parallel_size": 2}
+        stock = run_layer(make_layer(layer_config(**settings)), x)
+        results[name] = on_cpu(stock), on_cpu(run_layer(make_layer(layer_config(**settings, **flex)), x))
+    return results
+
+
 OWN_FP8 = {"fp8": "blockwise", "fp8_backward": "blockwise", "fp8_experts": "blockwise"}
 OWN_LAYERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "plain": ({}, OWN_FP8),

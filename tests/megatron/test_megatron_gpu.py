@@ -6,6 +6,7 @@ import pytest
 import torch
 from comparison import assert_close, assert_equal
 from megatron_on_cpu import call
+from megatron_with_deep_ep import call_with_deep_ep_on_gpu
 from processes import run_cuda
 
 
@@ -66,6 +67,17 @@ def test_fp8_experts_in_schedules(backend):
         for schedule in ("overlap", "overlap and delayed wgrad"):
             print(f"{backend}: {schedule}")
             assert_equal(results[schedule], results["in turn"], rtol=ROUNDING)
+
+
+@pytest.mark.parametrize("backend", ["deepep", "hybridep"])
+def test_flex_dispatcher_on_moe_eps_deep_ep(backend):
+    if torch.cuda.device_count() < 2:
+        pytest.skip(f"needs 2 GPUs, there are {torch.cuda.device_count()}")
+    path = "megatron_gpu_cases.run_flex"
+    for results in run_cuda(2, call_with_deep_ep_on_gpu, path, (backend,)):
+        for name, (stock, flex) in results.items():
+            print(f"{backend}: {name}")
+            assert_equal(flex, stock, rtol=ROUNDING)
 
 
 def test_a_captured_dispatch_follows_its_inputs():

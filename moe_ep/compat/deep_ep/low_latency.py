@@ -13,7 +13,7 @@ from . import transport
 from .low_latency_kernels import KernelCalls
 from .low_latency_operators import OperatorCalls
 from .low_latency_tables import Dispatched, Hook
-from .streams import CommStream
+from .streams import CommStream, tensors_of
 from .transport import Communicators
 
 SCALES_IN_WORD = 4
@@ -33,6 +33,10 @@ class Handle(tuple):
         handle = Handle((dispatched.source_token, dispatched.ranges, max_tokens, hidden, num_experts))
         handle.dispatched = dispatched
         return handle
+
+    def tensors(self) -> list[torch.Tensor]:
+        """All that it holds."""
+        return list(tensors_of((*self[:2], tuple(self.dispatched.sent))))
 
 
 class LowLatencyMode:
@@ -109,7 +113,7 @@ class LowLatencyMode:
             hooks.append(receive)
             return sums
 
-        inputs = [x, topk_idx, topk_weights, out]
+        inputs = [x, topk_idx, topk_weights, handle, out]
         result, event = stream.run(call, x.device, async_finish=bool(async_finish), inputs=inputs)
         return result, event, _as_hook(hooks[0])
 

@@ -60,7 +60,7 @@ class CommStream:
                 if event is not None:
                     event.current_stream_wait()
                 return call(), EventOverlap()
-            return self._run_async(call, device, event, list(_tensors(list(inputs))))
+            return self._run_async(call, device, event, list(tensors_of(list(inputs))))
 
     def _run_async(
         self,
@@ -82,18 +82,18 @@ class CommStream:
         for tensor in inputs:
             if tensor.is_cuda:
                 tensor.record_stream(stream)
-        for tensor in _tensors(result):
+        for tensor in tensors_of(result):
             if tensor.is_cuda:
                 tensor.record_stream(current)
         return result, EventOverlap(EventHandle(stream))
 
 
-def _tensors(result: object) -> Iterable[torch.Tensor]:
-    """Also those that a handle holds, which has a method for it."""
+def tensors_of(result: object) -> Iterable[torch.Tensor]:
+    """All in a result or in inputs; also those that a handle holds, which has a method ``tensors`` for it."""
     if isinstance(result, torch.Tensor):
         yield result
     elif hasattr(result, "tensors"):
         yield from result.tensors()
     elif isinstance(result, (tuple, list)):
         for item in result:
-            yield from _tensors(item)
+            yield from tensors_of(item)
