@@ -1,6 +1,6 @@
 """Runs every kernel on small inputs, for compute-sanitizer; prints the number of launches or cases.
 
-    compute-sanitizer --kernel-name kernel_substring=moe_ep python3 tests/gpu/sanitizer_driver.py [fp8] [nvlink]
+    compute-sanitizer --kernel-name kernel_substring=moe_ep python3 tests/gpu/sanitizer_driver.py [PART ...]
 
 Without arguments: all. Every tensor gets its own allocation when PYTORCH_NO_CUDA_MEMORY_CACHING=1 is set, so that the
 sanitizer sees accesses past its end.
@@ -18,7 +18,12 @@ from cases import Case
 from exercise import assert_case, run_case
 
 from gpu.test_fp8_kernels import DTYPES, dequantize, mixed_rows, quantize
-from moe_ep import _extension
+from moe_ep import _extension, fp8
+from moe_ep.compat.deep_ep.layout import dispatch_layout
+from moe_ep.compat.deep_ep.numbers import Ids, pack, unpack
+from moe_ep.layers import ModelConfig, fp8_quantize, swiglu
+from moe_ep.layers.router import Router
+from moe_ep.layers.row_groups import RowGroups
 from moe_ep.testing import run_ranks
 
 RANKS = int(os.environ.get("SANITIZER_RANKS", "1"))
@@ -80,7 +85,66 @@ def communication_cases() -> list[Case]:
     return cases
 
 
-PARTS = {"fp8": quantisation, "nvlink": communication}
+def expert_kernels() -> int:
+    """What is around the matrix products of FP8 experts, and of a shared expert."""
+    cases = [([3 * 16, 0, 9 * 16], 256), ([16], 128), ([16] * 40, 640)]
+    for splits, width in cases:
+        rows = mixed_rows(sum(splits), width, torch.bfloat16).cuda()
+        groups = RowGroups(torch.tensor(splits, device="cuda"), splits, len(rows))
+        tokens = fp8.quantize(rows)
+        fp8_quantize.requantize_columns(tokens, groups)
+        fp8_quantize.transpose_scales(tokens.scale_inv, groups)
+        fp8_quantize.quantize_weight(torch.randn(3, 256, width, device="cuda").bfloat16(), transposed=True)
+        weights = torch.rand(len(rows), device="cuda")
+        for needed in (weights, None):
+            grad = rows[:, : width // 2].contiguous()
+            if width % 256 == 0:
+                fp8_quantize.quantize_swiglu(rows, needed)
+                fp8_quantize.quantize_swiglu_gradient(rows, needed, grad)
+            gate_up = rows.clone().requires_grad_()
+            swiglu.weighted_swiglu(gate_up, needed).backward(grad)
+    torch.cuda.synchronize()
+    return len(cases)
+
+
+def routers() -> int:
+    cases = [(8, 1, 1, 2), (32, 8, 4, 8), (40, 5, 2, 8), (1024, 8, 3, 32)]
+    for num_experts, num_groups, topk_groups, num_topk in cases:
+        config = ModelConfig(
+            hidden=64,
+            num_experts=num_experts,
+            num_groups=num_groups,
+            topk_groups=topk_groups,
+            num_topk=num_topk,
+            seq_aux_loss_coeff=0.1,
+        )
+        router = Router(config, device="cuda")
+        x = torch.randn(3, 11, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        out = router(x)
+        (out.topk_weights.sum() + out.aux_loss).backward()
+    torch.cuda.synchronize()
+    return len(cases)
+
+
+def numbers_of_deep_ep() -> int:
+    """What V1 and V2 calls do beside moving rows."""
+    scales, weights = torch.rand(33, 7, device="cuda"), torch.rand(33, 4, device="cuda")
+    ids = torch.randint(-1, 16, (33, 4), device="cuda")
+    words = pack([scales.t().contiguous().t(), Ids(ids), weights])
+    unpack(words, [scales, ids.int(), weights])
+    for num_ranks in (1, 2, 16):
+        dispatch_layout(ids, 16, num_ranks)
+    torch.cuda.synchronize()
+    return 5
+
+
+PARTS = {
+    "fp8": quantisation,
+    "experts": expert_kernels,
+    "router": routers,
+    "deep_ep": numbers_of_deep_ep,
+    "nvlink": communication,
+}
 
 
 def main(names: list[str]) -> None:
