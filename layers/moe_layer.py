@@ -92,10 +92,10 @@ class MoELayer(nn.Module):
         shared_TH: list[torch.Tensor] = []
 
         def meanwhile() -> None:
-            if self.shared is not None:
-                shared_TH.append(self.shared(x_TH))
             if self.config.fp8_experts is not None:
                 self.experts.prepare()
+            if self.shared is not None:
+                shared_TH.append(self.shared(x_TH))
 
         out = self.dispatcher.dispatch(x_TH, routed.topk_idx, routed.topk_weights, meanwhile=meanwhile)
         y_TH = sum(shared_TH, self.dispatcher.combine(self.run_experts(out), out.handle))

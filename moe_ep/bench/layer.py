@@ -58,6 +58,8 @@ class Variant:
 class Row:
     """What was measured of a variant: the slowest rank's median times, the largest rank's memory.
 
+    - ``forward_ms``, ``backward_ms``: each by itself, begun by all ranks together on GPUs that have nothing else to do
+    - ``step_ms``: of forward and backward where one step follows the other, as in training
     - ``peak_gib``: of weights, their gradients, activations and windows
     - ``forward_parts``, ``backward_parts``: ms of the ranges that the layer names, on the rank with the longest
     """
@@ -65,6 +67,7 @@ class Row:
     name: str
     forward_ms: float
     backward_ms: float
+    step_ms: float
     peak_gib: float
     forward_parts: dict[str, float] = field(default_factory=dict)
     backward_parts: dict[str, float] = field(default_factory=dict)
@@ -117,10 +120,12 @@ def measure(variant: Variant, sizes: Sizes, iterations: int, device: torch.devic
         times = [
             [watch.device_us(each, i) for each in (run.forward, run.backward)] for i in range(iterations)
         ]
+        step_us = watch.device_us(lambda _: _steps(run, iterations), 0) / iterations
         parts = _parts(run, device)
     finally:
         layer.close()
-    everyone = gather([*(median(list(each)) / 1e3 for each in zip(*times, strict=True)), peak / 2**30])
+    medians = [median(list(each)) / 1e3 for each in zip(*times, strict=True)]
+    everyone = gather([*medians, step_us / 1e3, peak / 2**30])
     slowest = [max(each) for each in zip(*everyone, strict=True)]
     longest = [max(each, key=lambda times: sum(times.values())) for each in zip(*gather(parts), strict=True)]
     return Row(variant.name, *slowest, *longest)
@@ -152,6 +157,12 @@ class _Runs:
     def backward(self, _: int) -> None:
         results, self._results = self._results, []
         torch.autograd.backward(results, self._grads)
+
+
+def _steps(run: _Runs, count: int) -> None:
+    for i in range(count):
+        run.forward(i)
+        run.backward(i)
 
 
 def _parts(run: _Runs, device: torch.device) -> tuple[dict[str, float], dict[str, float]]:

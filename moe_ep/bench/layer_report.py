@@ -8,11 +8,11 @@ from .layer import LayerResults, Row
 from .table import print_table as print_lines
 
 HEADER = (
-    "layer", "forward ms", "backward ms", "both ms", "of the first", "peak GiB",
+    "layer", "forward ms", "backward ms", "both ms", "of the first", "step ms", "of the first", "peak GiB",
     "dispatch", "experts", "combine", "rest", "dispatch'", "experts'", "combine'", "rest'",
 )  # fmt: skip
-LEGEND = """forward, backward: GPU time on the slowest rank, median. of the first: the first layer's time for both over
-this one's. peak: weights, their gradients, activations, windows. dispatch, experts, combine and the rest of the
+LEGEND = """forward, backward: GPU time on the slowest rank, median, of each by itself; step: of both where one step follows
+the other, as in training. of the first: the first layer's time over this one's. peak: weights, their gradients, activations, windows. dispatch, experts, combine and the rest of the
 forward, in ms, and of the backward ('), where dispatch' is the backward of dispatch; timed apart from the totals."""
 PARTS = ("dispatch", "experts", "combine")
 
@@ -33,17 +33,19 @@ def part_ms(parts: dict[str, float], part: str) -> float:
 
 def lines(results: LayerResults) -> list[tuple[str, ...]]:
     """One for each layer."""
-    first = results.rows[0].both_ms
-    return [_line(row, first) for row in results.rows]
+    return [_line(row, results.rows[0]) for row in results.rows]
 
 
-def _line(row: Row, first_ms: float) -> tuple[str, ...]:
-    times = (f"{row.forward_ms:.3f}", f"{row.backward_ms:.3f}", f"{row.both_ms:.3f}")
-    beside = (f"{first_ms / row.both_ms:.2f}", f"{row.peak_gib:.2f}")
+def _line(row: Row, first: Row) -> tuple[str, ...]:
     return (
         row.name,
-        *times,
-        *beside,
+        f"{row.forward_ms:.3f}",
+        f"{row.backward_ms:.3f}",
+        f"{row.both_ms:.3f}",
+        f"{first.both_ms / row.both_ms:.2f}",
+        f"{row.step_ms:.3f}",
+        f"{first.step_ms / row.step_ms:.2f}",
+        f"{row.peak_gib:.2f}",
         *_parts(row.forward_parts, row.forward_ms),
         *_parts(row.backward_parts, row.backward_ms),
     )
@@ -101,6 +103,9 @@ def write_picture(results: LayerResults, path: Path) -> None:
     times.barh(names, [row.backward_ms for row in rows], left=forward, color="#9aa5b1", label="backward")
     for i, row in enumerate(rows):
         times.annotate(f" {row.both_ms:.2f}", (row.both_ms, i), va="center", fontsize=8)
+    times.plot(
+        [row.step_ms for row in rows], range(len(rows)), "k|", markersize=14, label="a step among others"
+    )
     times.set_xlabel("ms, slowest rank")
     times.margins(x=0.1)
     times.legend(loc="lower right", frameon=False, fontsize=8)

@@ -23,7 +23,7 @@ def test_on_two_cpu_ranks(tmp_path, capfd):
     ]
     assert results.ranks == 2 and results.left_out
     for row in results.rows:
-        assert row.forward_ms > 0 and row.backward_ms > 0
+        assert row.forward_ms > 0 and row.backward_ms > 0 and row.step_ms > 0
         for part in layer_report.PARTS:
             assert layer_report.part_ms(row.forward_parts, part) > 0
             assert layer_report.part_ms(row.backward_parts, part) > 0
@@ -33,13 +33,13 @@ def test_on_two_cpu_ranks(tmp_path, capfd):
 
 
 def test_json_and_lines():
-    row = Row("moe_ep, FP8", 1.0, 3.0, 2.0, {"moe_ep.experts.matmul": 0.5}, {})
+    row = Row("moe_ep, FP8", 1.0, 3.0, 3.2, 2.0, {"moe_ep.experts.matmul": 0.5}, {})
     machine = {"device": "CPU", "torch": "2", "date": "2026-01-01", "command": "moe-ep"}
-    results = LayerResults(machine, Sizes(), 2, "nvlink", 5, [Row("first", 2.0, 6.0, 4.0), row], [])
+    results = LayerResults(machine, Sizes(), 2, "nvlink", 5, [Row("first", 2.0, 6.0, 8.0, 4.0), row], [])
     assert LayerResults.from_json(results.to_json()) == results
     line = layer_report.lines(results)[1]
-    assert line[:6] == ("moe_ep, FP8", "1.000", "3.000", "4.000", "2.00", "2.00")
-    assert line[6:10] == ("0.000", "0.500", "0.000", "0.500")
+    assert line[:8] == ("moe_ep, FP8", "1.000", "3.000", "4.000", "2.00", "3.200", "2.50", "2.00")
+    assert line[8:12] == ("0.000", "0.500", "0.000", "0.500")
 
 
 @pytest.mark.parametrize(
