@@ -11,9 +11,10 @@ HEADER = (
     "layer", "forward ms", "backward ms", "both ms", "of the first", "step ms", "of the first", "peak GiB",
     "dispatch", "experts", "combine", "rest", "dispatch'", "experts'", "combine'", "rest'",
 )  # fmt: skip
-LEGEND = """forward, backward: GPU time on the slowest rank, median, of each by itself; step: of both where one step follows
-the other, as in training. of the first: the first layer's time over this one's. peak: weights, their gradients, activations, windows. dispatch, experts, combine and the rest of the
-forward, in ms, and of the backward ('), where dispatch' is the backward of dispatch; timed apart from the totals."""
+LEGEND = """forward, backward: GPU time on the slowest rank, median, of each by itself; step: of both where one step
+follows the other, as in training. of the first: the first layer's time over this one's. peak: weights, their gradients,
+activations, windows. dispatch, experts, combine and the rest of the forward, in ms, and of the backward ('), where
+dispatch' is the backward of dispatch; timed apart from the totals."""
 PARTS = ("dispatch", "experts", "combine")
 
 
