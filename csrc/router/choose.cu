@@ -222,8 +222,8 @@ __global__ void __launch_bounds__(kThreads) choose_experts(const Choose launch, 
       }
       // The block's counts are those of its first token's sequence.
       const int64_t sequence = token / routing.sequence_length;
-      int* counts = sequence == first_sequence ? highest : launch.highest + sequence * experts;
-      if (active) atomicAdd(counts + counted, 1);
+      if (active && sequence == first_sequence) atomicAdd(highest + counted, 1);
+      if (active && sequence != first_sequence) atomicAdd(launch.highest + sequence * experts + counted, 1);
     }
   }
   __syncthreads();
