@@ -154,6 +154,18 @@ class GemmConfig {
   Config config_;
 };
 
+// Whatever happens: memory that the caller's stream is done with may be used again.
+class Joined {
+ public:
+  explicit Joined(const Lanes& lanes) : lanes_(lanes) {}
+  ~Joined() { lanes_.join(); }
+  Joined(const Joined&) = delete;
+  Joined& operator=(const Joined&) = delete;
+
+ private:
+  const Lanes& lanes_;
+};
+
 Status check(const Call& call) {
   if (te_api() == nullptr)
     return Status::invalid("Transformer Engine is not loaded, or lacks its C interface");
@@ -186,6 +198,7 @@ Status multiply(const Call& call) {
   const float one = 1, zero = 0;
 
   status = lanes->fork();
+  const Joined joined(*lanes);
   int lane = 0;
   for (const int64_t m : call.rows) {
     if (!status.is_ok()) return status;
@@ -204,7 +217,7 @@ Status multiply(const Call& call) {
     }
     a.advance(m), b.advance(m), out.advance(m);
   }
-  return status.is_ok() ? lanes->join() : status;
+  return status;
 }
 
 }  // namespace moe_ep::grouped_gemm

@@ -30,13 +30,10 @@ Status Lanes::fork() const {
   return Status::from_cuda(error, "grouped products: fork");
 }
 
-Status Lanes::join() const {
-  cudaError_t error = cudaSuccess;
-  for (int i = 1; i < kLanes && error == cudaSuccess; ++i) {
-    error = cudaEventRecord(ended[i], streams[i]);
-    if (error == cudaSuccess) error = cudaStreamWaitEvent(streams[0], ended[i], 0);
+void Lanes::join() const {
+  for (int i = 1; i < kLanes; ++i) {
+    if (cudaEventRecord(ended[i], streams[i]) == cudaSuccess) cudaStreamWaitEvent(streams[0], ended[i], 0);
   }
-  return Status::from_cuda(error, "grouped products: join");
 }
 
 Status lanes_of(cudaStream_t stream, const Lanes** lanes) {

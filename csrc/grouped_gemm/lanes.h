@@ -19,8 +19,8 @@ struct Lanes {
 
   // The other streams wait for what the caller's has to do so far.
   Status fork() const;
-  // The caller's stream waits for the others.
-  Status join() const;
+  // The caller's stream waits for the others. An error of the device stays for the next call to report.
+  void join() const;
 };
 
 // Those of a stream on the current device: made when first asked for, and kept. Ranks that share a GPU have a

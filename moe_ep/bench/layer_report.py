@@ -103,7 +103,8 @@ def write_picture(results: LayerResults, path: Path) -> None:
     times.barh(names, forward, color="#2f6fb0", label="forward")
     times.barh(names, [row.backward_ms for row in rows], left=forward, color="#9aa5b1", label="backward")
     for i, row in enumerate(rows):
-        times.annotate(f" {row.both_ms:.2f}", (row.both_ms, i), va="center", fontsize=8)
+        end = max(row.both_ms, row.step_ms)
+        times.annotate(f" {row.both_ms:.2f}", (end, i), va="center", fontsize=8)
     times.plot(
         [row.step_ms for row in rows], range(len(rows)), "k|", markersize=14, label="a step among others"
     )

@@ -128,13 +128,15 @@ def make_misdeclared(**changes: Any) -> GPTModel:
 def schedule(make: Callable[..., GPTModel], **changes: Any) -> Gradients:
     MoEAuxLossAutoScaler.main_loss_backward_scale = None  # what another loop has left there has another shape
     half = {"bf16": True, "params_dtype": torch.bfloat16, "pipeline_dtype": torch.bfloat16}
-    if device().type == "cuda" and changes.get("delay_wgrad_compute"):
-        # Transformer Engine's delayed gradients otherwise take the place of those of the micro-batches before.
-        half["gradient_accumulation_fusion"] = True
     model = make(**{"moe_router_topk": 2, **half, **changes})
     for parameter in model.parameters():
         parameter.main_grad = torch.zeros_like(parameter, dtype=torch.float32)
         parameter.grad_added_to_main_grad = False
+    if changes.get("delay_wgrad_compute"):
+        # Delayed gradients of Transformer Engine's modules otherwise replace those of the micro-batches before.
+        for module in model.modules():
+            if hasattr(module, "fuse_wgrad_accumulation"):
+                module.fuse_wgrad_accumulation = True
     with CudaIsCpu() if device().type == "cpu" else contextlib.nullcontext():
         get_forward_backward_func()(
             forward_step_func=forward_step,
