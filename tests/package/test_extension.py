@@ -73,6 +73,56 @@ def test_bad_arguments_are_value_errors(module):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, so a launch does not fail")
+def test_grouped_products_without_transformer_engine(module):
+    products = module.grouped_gemm
+    if products.is_there():
+        pytest.skip("Transformer Engine is loaded")
+    names = ("data", "scales", "width", "height", "scale_width")
+    rows = products.Matrices(form=products.Form.rows, dtype=module.DType.bfloat16, **dict.fromkeys(names, 16))
+    with pytest.raises(ValueError, match="Transformer Engine is not loaded"):
+        products.multiply(
+            product=products.Product.rows_by_weights,
+            a=rows,
+            b=rows,
+            out=rows,
+            rows=[1],
+            workspace=0,
+            workspace_bytes=1 << 20,
+            num_sms=0,
+            stream=0,
+        )
+
+
+def test_refusals_of_the_router_and_of_deep_eps_numbers(module):
+    routing = module.router.Routing(
+        tokens=4, sequence_length=4, experts=6, topk=2, softmax=False, scaling=1.0
+    )
+    choose = {
+        "pieces": 16,
+        "slices": 1,
+        "parts": 1,
+        "bias": 0,
+        "groups": 4,
+        "topk_groups": 1,
+        "logits": 0,
+        "topk_idx": 16,
+        "topk_weights": 16,
+        "load": 0,
+        "highest": 0,
+        "stream": 0,
+    }
+    with pytest.raises(ValueError, match="6 experts in 4 groups"):
+        module.router.choose(routing, **choose)
+    with pytest.raises(ValueError, match="slices"):
+        module.router.choose(routing, **{**choose, "slices": 0})
+    with pytest.raises(ValueError, match="multiple of 4"):
+        module.router.split(x=16, count=3, parts=16, stream=0)
+    numbers = module.deep_ep
+    place = (16, numbers.Number.uint8, 1, 1)
+    with pytest.raises(ValueError, match="8-bit"):
+        numbers.fill_columns([(place, place, place, 1, 1, 1, numbers.How.copy, 0, 0)], 0)
+
+
 def test_a_failed_launch_is_a_runtime_error(module):
     with pytest.raises(RuntimeError, match="launching quantize_rowwise: cudaError"):
         module.quantize_rowwise(
