@@ -104,7 +104,7 @@ class _GroupedMatmul(torch.autograd.Function):
 def _is_large(weight_LOI: torch.Tensor, groups: RowGroups) -> bool:
     """Whether a product for each expert is better than one kernel for all.
 
-    cuBLAS's products are a tenth faster, but each takes the host about 10 us, so an expert's should take the GPU
+    cuBLAS's products are a few percent faster, but each takes the host about 10 us, so an expert's should take the GPU
     longer. The host has to know the experts' rows. It depends on the shapes alone: forward and backward agree.
     """
     if not groups.are_known or groups.num_rows * weight_LOI[0].numel() < LARGE_PRODUCT * len(weight_LOI):

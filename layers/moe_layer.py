@@ -89,16 +89,19 @@ class MoELayer(nn.Module):
                 num_chunks=overlap_chunks,
             )
             return y_TH.view_as(x), routed.aux_loss
-        shared_TH: list[torch.Tensor] = []
+        shared_TH: torch.Tensor | None = None
 
         def meanwhile() -> None:
+            nonlocal shared_TH
             if self.config.fp8_experts is not None:
                 self.experts.prepare()
             if self.shared is not None:
-                shared_TH.append(self.shared(x_TH))
+                shared_TH = self.shared(x_TH)
 
         out = self.dispatcher.dispatch(x_TH, routed.topk_idx, routed.topk_weights, meanwhile=meanwhile)
-        y_TH = sum(shared_TH, self.dispatcher.combine(self.run_experts(out), out.handle))
+        y_TH = self.dispatcher.combine(self.run_experts(out), out.handle)
+        if shared_TH is not None:
+            y_TH = y_TH + shared_TH
         return y_TH.view_as(x), routed.aux_loss
 
     def run_experts(self, out: moe_ep.DispatchOutput) -> torch.Tensor:

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from . import _extension, env, sm_model
-from .backends import nvlink, windows
+from .backends import nvlink, nvlink_shape, windows
 from .backends.base import Backend
 from .backends.collective import CollectiveBackend
 from .backends.virtual import VirtualBackend, VirtualGroup
@@ -81,7 +81,7 @@ class Communicator:
         if num_experts > MAX_EXPERTS:
             raise InvalidInput(f"num_experts is {num_experts}; allowed are up to {MAX_EXPERTS}")
         self._config = _load_config(config)
-        shape = nvlink.Shape(hidden, max_tokens_per_rank, num_experts, num_topk)
+        shape = nvlink_shape.Shape(hidden, max_tokens_per_rank, num_experts, num_topk)
         self._impl = _make_backend(backend, group, timeout_s, shape, self._choose)
         self.hidden = hidden
         self.max_tokens_per_rank = max_tokens_per_rank
@@ -148,7 +148,7 @@ class Communicator:
             )
             if tuned is not None:
                 return min(tuned, available)
-        shape = nvlink.Shape(self.hidden, self.max_tokens_per_rank, self.num_experts, self.num_topk)
+        shape = nvlink_shape.Shape(self.hidden, self.max_tokens_per_rank, self.num_experts, self.num_topk)
         work = shape.work(op, layout, element_size, num_tokens, self.size)
         return sm_model.choose_num_sms(work, available, overlapped)
 
@@ -217,7 +217,7 @@ def _load_config(config: Config | str | os.PathLike | None) -> Config | None:
 
 
 def _make_backend(
-    name: str, group: object, timeout_s: float, shape: nvlink.Shape, choose_num_sms: nvlink.ChooseNumSms
+    name: str, group: object, timeout_s: float, shape: nvlink_shape.Shape, choose_num_sms: nvlink.ChooseNumSms
 ) -> Backend:
     if name not in BACKENDS:
         raise InvalidInput(f"backend is {name!r}; allowed are {', '.join(BACKENDS)}")
@@ -274,14 +274,14 @@ def _make_nvlink(
     group: dist.ProcessGroup | None,
     device: torch.device,
     timeout_s: float,
-    shape: nvlink.Shape,
+    shape: nvlink_shape.Shape,
     choose_num_sms: nvlink.ChooseNumSms,
     for_cpu: bool,
 ) -> Backend:
     kernels = _extension.load()
-    nvlink.check_limits(shape, members.size, kernels)
-    num_bytes = nvlink.window_bytes(shape, members.size, kernels)
-    memory, addresses = windows.symmetric(members, group, num_bytes, device, nvlink.WINDOW_FORMULA)
+    nvlink_shape.check_limits(shape, members.size, kernels)
+    num_bytes = nvlink_shape.window_bytes(shape, members.size, kernels)
+    memory, addresses = windows.symmetric(members, group, num_bytes, device, nvlink_shape.WINDOW_FORMULA)
     cpu = members if for_cpu else None
     return nvlink.NvlinkBackend(
         name="nvlink",
@@ -301,7 +301,7 @@ def _make_virtual_on_gpu(
     members: VirtualBackend,
     group: VirtualGroup,
     timeout_s: float,
-    shape: nvlink.Shape,
+    shape: nvlink_shape.Shape,
     choose_num_sms: nvlink.ChooseNumSms,
 ) -> Backend:
     device = group.device
@@ -309,9 +309,9 @@ def _make_virtual_on_gpu(
     if missing is not None:
         raise BackendUnavailable(f"virtual ranks can't run on {device}: {missing}")
     kernels = _extension.load()
-    nvlink.check_limits(shape, members.size, kernels)
-    num_bytes = nvlink.window_bytes(shape, members.size, kernels)
-    memory, addresses = windows.shared(group, members.channel, num_bytes, device, nvlink.WINDOW_FORMULA)
+    nvlink_shape.check_limits(shape, members.size, kernels)
+    num_bytes = nvlink_shape.window_bytes(shape, members.size, kernels)
+    memory, addresses = windows.shared(group, members.channel, num_bytes, device, nvlink_shape.WINDOW_FORMULA)
     return nvlink.NvlinkBackend(
         name="virtual",
         members=members,
@@ -325,7 +325,7 @@ def _make_virtual_on_gpu(
     )
 
 
-def _check_shares(shape: nvlink.Shape, num_ranks: int) -> None:
+def _check_shares(shape: nvlink_shape.Shape, num_ranks: int) -> None:
     if shape.num_experts % num_ranks:
         raise InvalidInput(
             f"num_experts is {shape.num_experts}, which {num_ranks} ranks can't share equally; "

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from .. import __version__, _extension, env, fp8
-from ..backends import nvlink
+from ..backends import nvlink_shape
 from ..machine import command_output
 from .gpus import unreachable_pairs
 from .report import Fact
@@ -73,7 +73,7 @@ def kernel_facts() -> Iterable[Fact]:
         return
     major, minor = module.CUDA_VERSION // 1000, module.CUDA_VERSION % 1000 // 10
     yield Fact(section, "moe_ep._C", f"built for sm_{module.ARCHS} with CUDA {major}.{minor}", ok=True)
-    by_ranks = {r: nvlink.window_bytes(nvlink.Shape(**DEEPSEEK), r, module) for r in (2, 4, 8)}
+    by_ranks = {r: nvlink_shape.window_bytes(nvlink_shape.Shape(**DEEPSEEK), r, module) for r in (2, 4, 8)}
     shape = "{max_tokens_per_rank} tokens x {hidden}, top-{num_topk} of {num_experts}".format(**DEEPSEEK)
     sizes = ", ".join(f"{num_bytes / 2**20:.0f} MiB with {r} ranks" for r, num_bytes in by_ranks.items())
     yield Fact(section, "window of a GPU", f"{sizes}, for DeepSeek-V3 ({shape} experts)")
