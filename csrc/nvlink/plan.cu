@@ -394,15 +394,12 @@ __device__ void finish(const Group& group, const Plan& plan, const Shared& share
   }
 }
 
-__global__ void __launch_bounds__(kThreads, 1)
-    plan_kernel(const __grid_constant__ Group group, const __grid_constant__ Plan plan) {
-  extern __shared__ __align__(16) char memory[];
-  const Shared shared(memory, group.size, group.num_local);
+// False if it timed out.
+__device__ bool make_plan(const Group& group, const Plan& plan, const Shared& shared) {
   const PlanTables tables(plan.tables, group);
   Workspace* workspace = group.workspace;
-  if (has_failed(group)) return;
   const uint64_t number = load_volatile(&workspace->plans);
-  if (!send_routing(group, plan, number)) return;
+  if (!send_routing(group, plan, number)) return false;
 
   bool arrived = true;
   if (threadIdx.x < group.size) {
@@ -410,7 +407,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     arrived = wait_for(signal(group, group.rank, group.at.routing_arrived, peer), number + 1, group,
                        Phase::receive_routing, peer);
   }
-  if (!__syncthreads_and(arrived)) return;
+  if (!__syncthreads_and(arrived)) return false;
 
   const int columns = count_columns(group.size, group.num_local), per_rank = token_blocks(group.max_tokens);
   const int rows = group.size * per_rank;
@@ -442,7 +439,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     __threadfence();
   }
-  if (!__syncthreads_and(counted)) return;
+  if (!__syncthreads_and(counted)) return false;
 
   add_counts(group, plan, shared, counts, first_row);
   if (blockIdx.x == 0) write_sums(group, plan, tables, shared);
@@ -469,6 +466,27 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
   }
   if (is_last_block<true>(&workspace->blocks_done)) finish(group, plan, shared, number);
+  return true;
+}
+
+// No rows for any expert. Where sizes are fixed the host has not seen that the call failed when it launches
+// what comes next, which may not stand numbers that nobody wrote.
+__device__ void leave_empty(const Group& group, const Plan& plan) {
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  const int64_t threads = static_cast<int64_t>(gridDim.x) * kThreads;
+  for (int64_t i = first; i < group.num_local; i += threads) {
+    plan.tokens_per_expert[i] = plan.padded_tokens_per_expert[i] = 0;
+  }
+  if (first == 0) *plan.rows_needed = 0;
+  if (plan.expert_layout || !plan.fixed_rows) return;
+  for (int64_t i = first; i < plan.max_rows * group.num_topk; i += threads) plan.ids[i] = -1;
+}
+
+__global__ void __launch_bounds__(kThreads, 1)
+    plan_kernel(const __grid_constant__ Group group, const __grid_constant__ Plan plan) {
+  extern __shared__ __align__(16) char memory[];
+  const Shared shared(memory, group.size, group.num_local);
+  if (has_failed(group) || !make_plan(group, plan, shared)) leave_empty(group, plan);
 }
 
 }  // namespace
