@@ -16,6 +16,7 @@ from moe_ep.megatron.experts import Fp8GroupedMLP
 
 SHAPE = 128, 2, 256  # sequence, batch, hidden
 BF16 = {"bf16": True, "params_dtype": torch.bfloat16}
+FLOAT32 = {"bf16": False, "params_dtype": torch.float32, "pipeline_dtype": torch.float32}
 WIDE = {
     **BF16,
     **DEEPSEEK_ROUTING,
@@ -125,10 +126,10 @@ def run_own_schedules(backend: str) -> dict[str, Gradients]:
 
 
 def run_schedules(backend: str) -> dict[str, Gradients]:
-    """Gradients after three micro-batches, by dispatcher and schedule."""
+    """Gradients after three micro-batches, by dispatcher and schedule; "exact": the stock model's in float32."""
     begin(2)
     overlap = {"overlap_moe_expert_parallel_comm": True}
-    results = {}
+    results = {"exact": on_cpu(schedule(make_stock, **MODEL, **FLOAT32))}
     for name, make in (
         ("stock", make_stock),
         ("moe_ep", partial(make_installed, options={"backend": backend})),
