@@ -20,22 +20,23 @@ struct Scale {
   float inverse;   // by this when dequantising: the scale_inv that travels with the data
 };
 
-// The scale of a block whose largest magnitude is `amax`; a block of zeros or with an Inf gets 1.
+// The scale of a block whose largest magnitude is `amax`; a block of zeros, with an Inf or of NaNs gets 1.
 //
 // The recipe divides 448 by amax, rounds to float32, replaces Inf by the largest finite value and rounds down
 // to a power of two. With 448 = 1.75 * 2^8 and amax = m * 2^e that is 2^(8 - e), or half of it where m
 // > 1.75, and at most 2^127: the quotient just below a power of two never rounds up to it, since 1.75 is a
 // float32 and the next m gives 1 - 2^-23 / 1.75, which is nearer to 1 - 2^-24 than to 1. So no division is
-// needed, which would cost more than the memory traffic.
+// needed, which would cost more than the memory traffic, and no branch: what is added to amax carries into
+// its exponent where m > 1.75.
 __device__ __forceinline__ Scale scale_from_amax(float amax) {
-  constexpr unsigned int kExponent = 0x7F800000u, kMantissa = 0x007FFFFFu, kMantissaOf1_75 = 0x00600000u;
+  constexpr unsigned int kExponent = 0xFF800000u, kInf = 0x7F800000u, kUpTo1_75 = 0x001FFFFFu;
+  constexpr unsigned int kOne = 135u << 23, kSum = 262u << 23;  // of the exponents of amax and its scale
+  constexpr int kLeast = 8 << 23, kLeastInverse = 0x00400000;   // where the scale is 2^127, and 2^-127
   const unsigned int bits = __float_as_uint(amax);
-  if (bits == 0 || bits >= kExponent) return {1.0f, 1.0f};
-  const int biased = 262 - static_cast<int>(bits >> 23) - ((bits & kMantissa) > kMantissaOf1_75);
-  const int exponent = min(biased, 254);
-  const unsigned int inverse =
-      exponent == 254 ? 0x00400000u : static_cast<unsigned int>(254 - exponent) << 23;
-  return {__uint_as_float(static_cast<unsigned int>(exponent) << 23), __uint_as_float(inverse)};
+  const int carried = max(static_cast<int>(bits + kUpTo1_75), kLeast);
+  const unsigned int exponent = (bits - 1 < kInf - 1 ? static_cast<unsigned int>(carried) : kOne) & kExponent;
+  const int inverse = max(static_cast<int>(exponent) - kLeast, kLeastInverse);
+  return {__uint_as_float(kSum - exponent), __int_as_float(inverse)};
 }
 
 // The largest magnitude among N elements; NaN is ignored (and the result, if there is nothing else).
@@ -68,17 +69,29 @@ __device__ __forceinline__ float amax_of(const Vector<__half, N>& values) {
   return amax_of_pairs<__half2>(values);
 }
 
-// To nearest even; saturates to +-448, Inf included; NaN becomes 0x7F whatever its sign.
+// Four values as four bytes, the first lowest. To nearest even; saturates to +-448, Inf included; NaN becomes
+// 0x7F whatever its sign.
+__device__ __forceinline__ unsigned int to_bytes(float a, float b, float c, float d) {
+  unsigned int word;
+  asm("{\n"
+      ".reg .b16 low, high;\n"
+      "cvt.rn.satfinite.e4m3x2.f32 low, %2, %1;\n"
+      "cvt.rn.satfinite.e4m3x2.f32 high, %4, %3;\n"
+      "mov.b32 %0, {low, high};\n"
+      "}"
+      : "=r"(word)
+      : "f"(a), "f"(b), "f"(c), "f"(d));
+  return word;
+}
+
 template <int N>
 __device__ __forceinline__ Vector<uint8_t, N> quantize(const float (&values)[N], float scale) {
   static_assert(N % 4 == 0);
   unsigned int words[N / 4];
 #pragma unroll
   for (int i = 0; i < N; i += 4) {
-    const float2 low = make_float2(__fmul_rn(values[i], scale), __fmul_rn(values[i + 1], scale));
-    const float2 high = make_float2(__fmul_rn(values[i + 2], scale), __fmul_rn(values[i + 3], scale));
-    words[i / 4] = __nv_cvt_float2_to_fp8x2(low, __NV_SATFINITE, __NV_E4M3) |
-                   static_cast<unsigned int>(__nv_cvt_float2_to_fp8x2(high, __NV_SATFINITE, __NV_E4M3)) << 16;
+    words[i / 4] = to_bytes(__fmul_rn(values[i], scale), __fmul_rn(values[i + 1], scale),
+                            __fmul_rn(values[i + 2], scale), __fmul_rn(values[i + 3], scale));
   }
   Vector<uint8_t, N> bytes;
   memcpy(&bytes, words, sizeof(words));

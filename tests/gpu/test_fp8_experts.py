@@ -144,6 +144,25 @@ def test_swiglu_equals_the_formulas(num_rows, width, weighted, dtype):
         assert torch.equal(rounded[1], got_weights)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("num_rows", [1, 200])
+def test_swiglu_of_gates_where_exp_overflows_or_its_reciprocal_is_subnormal(num_rows, dtype):
+    edges = torch.tensor([86.5, 87.0, 87.5, 88.5, 95.0, 103.5, 104.0, 60000.0], device="cuda")
+    gates = torch.cat([-edges, edges])
+    torch.manual_seed(0)
+    gate_up = torch.randn(num_rows, 2 * 512, device="cuda")
+    gate_up[:, 128:256:8] = gates  # one in a vector
+    gate_up[:, 256:512] = gates.repeat(16)  # all of it
+    gate_up = gate_up.to(dtype)
+    grad = torch.randn(num_rows, 512, device="cuda").to(dtype)
+    wanted = swiglu.activate_torch(gate_up, None)
+    assert_same_bytes(fp8_quantize.quantize_swiglu(gate_up, None), Fp8Tokens(*fp8.quantize_torch(wanted)))
+    assert torch.equal(swiglu.weighted_swiglu(gate_up, None), wanted.to(dtype))
+    wanted, _ = swiglu.differentiate_torch(gate_up, None, grad)
+    got, _ = fp8_quantize.quantize_swiglu_gradient(gate_up, None, grad)
+    assert_same_bytes(got, Fp8Tokens(*fp8.quantize_torch(wanted)))
+
+
 def rows_by_weights(tokens, weight, groups):
     out = torch.empty(groups.num_rows, weight.data.shape[1], dtype=torch.bfloat16, device="cuda")
     fp8_matmul.rows_by_weights(tokens, weight, groups, out)
