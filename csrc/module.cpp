@@ -31,6 +31,9 @@ void bind(py::module_& module);
 namespace moe_ep::deep_ep {
 void bind(py::module_& module);
 }
+namespace moe_ep::rank_layout {
+void bind(py::module_& module);
+}
 
 PYBIND11_MODULE(_C, module) {
   module.doc() = "CUDA kernels of moe_ep. Calls launch on the current device and on the given stream.";
@@ -58,4 +61,7 @@ PYBIND11_MODULE(_C, module) {
   moe_ep::on_stream::bind(on_stream);
   py::module_ deep_ep = module.def_submodule("deep_ep", "Numbers around the rows of deep_ep's calls.");
   moe_ep::deep_ep::bind(deep_ep);
+  py::module_ rank_layout =
+      module.def_submodule("rank_layout", "Rows of one token into rows of its experts, and back.");
+  moe_ep::rank_layout::bind(rank_layout);
 }

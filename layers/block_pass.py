@@ -13,6 +13,7 @@ from moe_ep.functional import combine_backward, dispatch_backward
 from moe_ep.streams import named_range
 
 from .lanes import Lanes
+from .token_dispatcher import OVERLAPPED_LAYOUT
 from .transformer import TransformerBlock
 from .weight_gradients import WeightGradStore
 
@@ -95,7 +96,8 @@ class BlockPass:
         num_sms = self._num_sms("dispatch", x, fp8)
 
         def call():
-            out = dispatcher.dispatch(x, routed.topk_idx, routed.topk_weights.detach(), num_sms=num_sms)
+            routing = routed.topk_idx, routed.topk_weights.detach()
+            out = dispatcher.dispatch(x, *routing, layout=OVERLAPPED_LAYOUT, num_sms=num_sms)
             tokens = [out.tokens] if fp8 is None else [out.tokens.data, out.tokens.scale_inv]
             return out, [*tokens, out.weights, *out.handle.state]
 
@@ -147,7 +149,6 @@ class BlockPass:
     def receive(self, grad: torch.Tensor) -> None:
         """A gradient of the output; several add up."""
         self._grad = (grad if self._grad is None else self._grad + grad).contiguous()
-        self._mark = self._lanes.mark()
 
     def combine_backward(self) -> None:
         if not self._block.is_moe:
@@ -161,7 +162,8 @@ class BlockPass:
             rows = combine_backward(grad_y, handle, num_sms=num_sms)
             return rows, [rows] if fp8 is None else [rows.data, rows.scale_inv]
 
-        self._arriving = self._lanes.communicate(call, after=self._mark, reads=[grad])
+        # Not sooner: what was launched before leaves no room beside it.
+        self._arriving = self._lanes.communicate(call, after=self._lanes.mark(), reads=[grad])
 
     def shared_expert_backward(self) -> None:
         if self._shared is None:

@@ -14,6 +14,7 @@ from moe_ep.carveout import leave_free
 from moe_ep.streams import finish
 
 from .config import ModelConfig
+from .token_dispatcher import OVERLAPPED_LAYOUT
 
 Result = TypeVar("Result")
 Mark = torch.cuda.Event | None
@@ -103,4 +104,5 @@ def _num_sms(
 ) -> int:
     if config.overlap_num_sms is not None:
         return config.overlap_num_sms
-    return comm.choose_num_sms(op, layout=config.layout, dtype=dtype, num_tokens=num_tokens, overlapped=True)
+    options = {"layout": OVERLAPPED_LAYOUT, "dtype": dtype, "num_tokens": num_tokens}
+    return comm.choose_num_sms(op, **options, overlapped=True)

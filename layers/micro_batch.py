@@ -85,12 +85,14 @@ class MicroBatchSchedule:
     def run_pair(self, forward: BlockPass | None, backward: BlockPass | None) -> None:
         """A block of one micro-batch forward, and beside it one of another backward; either may be missing. ::
 
-            computing      | S'   A     | S  E'  | W  E    | A'   W |
+            computing      | S' W  A    | S  E'  | W  E    | A'   W |
             communicating  | C'         | D      | D'      | C      |
 
         ``A`` attention and router, ``S`` shared expert, ``D`` dispatch, ``E`` experts, ``C`` combine; ``'`` marks the
-        backward, and ``W`` weight gradients. ``C`` ends beside the next pair's ``S'``, whose own ``C'`` begins beside
-        this pair's last ``W``.
+        backward, and ``W`` weight gradients.
+
+        Products that begin with a communication call, are not much longer, and would fill the device leave it room.
+        The experts' do not: they are many and short, so that it finds some between them, and together much longer.
 
         NOTE: with exact sizes, ``forward.dispatch`` waits until the device has planned it; what computes beside it is
         launched before. All else returns at once.
@@ -100,29 +102,25 @@ class MicroBatchSchedule:
             b.combine_backward()
             with lanes.beside_communication():
                 b.shared_expert_backward()
+                self.run_weight_gradients()
         if f is not None:
-            with lanes.beside_communication(b is not None):
-                f.attend()
+            f.attend()
             with lanes.beside_communication():
                 f.shared_expert()
         if b is not None:
-            with lanes.beside_communication(f is not None):
-                b.experts_backward()
+            b.experts_backward()
         if f is not None:
             f.dispatch()
         if b is not None:
             b.dispatch_backward()
-            with lanes.beside_communication():
-                self.run_weight_gradients()
+            self.run_weight_gradients()
         if f is not None:
-            with lanes.beside_communication(b is not None):
-                f.experts()
+            f.experts()
             f.combine(beside=b is not None)
         if b is not None:
             with lanes.beside_communication(f is not None):
                 b.attend_backward()
-            with lanes.beside_communication():
-                self.run_weight_gradients()
+            self.run_weight_gradients()
 
     def run_weight_gradients(self) -> None:
         """Those that have been put off."""

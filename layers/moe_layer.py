@@ -12,7 +12,7 @@ from .experts import GroupedExperts
 from .feed_forward import SharedExperts
 from .initialise import initialise_weights
 from .overlap import run_overlapped
-from .rank_layout import expand_rows, reduce_rows
+from .rank_layout import expand_rows, order_by_expert, reduce_rows
 from .router import Router
 from .token_dispatcher import TokenDispatcher
 
@@ -106,10 +106,14 @@ class MoELayer(nn.Module):
 
     def run_experts(self, out: moe_ep.DispatchOutput) -> torch.Tensor:
         """What a dispatch gave -> the rows to combine, ``[N, H]``."""
-        if self.config.layout == "expert":
+        if out.handle.layout == "expert":
             return self.experts(out.tokens, out.weights, out.padded_tokens_per_expert, out.splits)
-        tokens_NH = out.tokens
-        if isinstance(tokens_NH, moe_ep.Fp8Tokens):
-            tokens_NH = tokens_NH.dequantize(self.experts.w_gate_up.dtype)
-        rows_MH, weights_M, slot_NK = expand_rows(tokens_NH, out.weights, out.topk_idx)
-        return reduce_rows(self.experts(rows_MH, weights_M, out.tokens_per_expert, out.splits), slot_NK)
+        order = order_by_expert(
+            out.topk_idx,
+            len(out.tokens_per_expert),
+            alignment=self.config.expert_alignment,
+            splits=out.splits,
+            max_rows=self.config.max_recv_rows,
+        )
+        rows, weights_M = expand_rows(out.tokens, out.weights, order)
+        return reduce_rows(self.experts(rows, weights_M, order.tokens_per_expert, order.splits), order)

@@ -8,15 +8,17 @@ the shared expert up to its activation and its last product. Three chunks::
 
 One chunk is the case in which only the shared expert runs beside communication.
 
-Matrix products leave communication the multiprocessors that it takes. Otherwise the backward needs no code. Autograd
-runs a node on the stream of its forward, lets it wait for its own gradients only, and among the nodes that could run
-takes the one made last. Each of them can, when its turn comes, so the backward is the forward's sequence of calls from
-its end: a pipeline, too.
+Rows travel in the rank layout, whatever the config's, which is that of calls that nothing runs beside.
+
+The shared expert's products, about as long as a call, leave communication the multiprocessors that it takes. Those of
+the experts, several times as long, do not: they would lose more by that than by sharing what there is. Otherwise the
+backward needs no code. Autograd runs a node on the stream of its forward, lets it wait for its own gradients only, and
+among the nodes that could run takes the one made last. Each of them can, when its turn comes, so the backward is the
+forward's sequence of calls from its end: a pipeline, too.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 
 import torch
@@ -63,18 +65,6 @@ def run_overlapped(
         with torch.cuda.stream(stream):
             return dispatcher.dispatch_async(*chunk, num_sms=num_sms)
 
-    def compute(out: moe_ep.DispatchOutput) -> torch.Tensor:
-        tokens = out.tokens
-        if isinstance(tokens, torch.Tensor):
-            rows, as_tokens = tokens, lambda rows: rows
-        else:  # gradients go through the carrier
-            rows, as_tokens = tokens.carrier, lambda carrier: dataclasses.replace(tokens, carrier=carrier)
-        beside = left_free if num_chunks > 1 else 0  # one chunk's experts have no communication beside them
-        with named_range("experts"):
-            return leave_free_in_both_directions(
-                lambda rows: run_experts(dataclasses.replace(out, tokens=as_tokens(rows))), rows, beside
-            )
-
     combined = []
     # NOTE: communication is launched first wherever there is a choice. A matrix product may take all multiprocessors
     # until it ends, and then keeps out what comes later, whatever the streams' priorities.
@@ -85,7 +75,8 @@ def run_overlapped(
     for following in [*chunks[1:], None]:
         out, arrived = arriving
         arrived.wait()
-        rows_NH = compute(out)
+        with named_range("experts"):
+            rows_NH = run_experts(out)
         if following is not None:
             arriving = dispatch(following)
         combined.append(dispatcher.combine_async(rows_NH, out.handle, num_sms=num_sms))

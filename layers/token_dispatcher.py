@@ -12,6 +12,11 @@ import moe_ep
 
 from .config import ModelConfig
 
+OVERLAPPED_LAYOUT = "rank"
+"""Of dispatches beside computation, where few multiprocessors must do: they move each row once. The copies for its
+experts, several times as many bytes, are part of the computation, which has the other multiprocessors.
+"""
+
 
 class TokenDispatcher(nn.Module):
     """Moves tokens to the ranks of their experts and results back; no parameters.
@@ -37,14 +42,15 @@ class TokenDispatcher(nn.Module):
         topk_idx_TK: torch.Tensor,
         topk_weights_TK: torch.Tensor,
         *,
+        layout: str | None = None,
         num_sms: int | None = None,
         meanwhile: Callable[[], object] | None = None,
     ) -> moe_ep.DispatchOutput:
         """``x_TH [T, H]``, ``topk_idx_TK [T, K]`` (-1: none), ``topk_weights_TK [T, K]`` -> see
-        ``moe_ep.dispatch``.
+        ``moe_ep.dispatch``. ``layout``: None for the config's.
         """
         tensors = x_TH.contiguous(), topk_idx_TK.contiguous(), topk_weights_TK.contiguous()
-        options = {"num_sms": num_sms, "meanwhile": meanwhile, **self._dispatch_options}
+        options = {"num_sms": num_sms, "meanwhile": meanwhile, **self._dispatch_options(layout)}
         return moe_ep.dispatch(*tensors, self.comm, **options)
 
     def dispatch_async(
@@ -53,11 +59,13 @@ class TokenDispatcher(nn.Module):
         topk_idx_TK: torch.Tensor,
         topk_weights_TK: torch.Tensor,
         *,
+        layout: str | None = OVERLAPPED_LAYOUT,
         num_sms: int | None = None,
     ) -> tuple[moe_ep.DispatchOutput, moe_ep.Event]:
         """``dispatch`` on the communicator's stream; use the output after ``event.wait()``."""
         tensors = x_TH.contiguous(), topk_idx_TK.contiguous(), topk_weights_TK.contiguous()
-        return moe_ep.dispatch_async(*tensors, self.comm, num_sms=num_sms, **self._dispatch_options)
+        options = {"num_sms": num_sms, **self._dispatch_options(layout)}
+        return moe_ep.dispatch_async(*tensors, self.comm, **options)
 
     def combine(
         self, rows_NH: torch.Tensor, handle: moe_ep.DispatchHandle, *, num_sms: int | None = None
@@ -73,12 +81,16 @@ class TokenDispatcher(nn.Module):
         options = {"fp8_backward": self.config.fp8_backward, "num_sms": num_sms}
         return moe_ep.combine_async(rows_NH.contiguous(), handle, **options)
 
-    @property
-    def _dispatch_options(self) -> dict[str, Any]:
+    def _dispatch_options(self, layout: str | None) -> dict[str, Any]:
         c = self.config
+        alignment, max_recv_rows = c.expert_alignment, c.max_recv_rows
+        if layout == "rank":  # where a row stands for one or more of the expert layout's
+            alignment = 1
+            if max_recv_rows is not None:
+                max_recv_rows = min(max_recv_rows, self.comm.size * self.comm.max_tokens_per_rank)
         return {
-            "layout": c.layout,
-            "expert_alignment": c.expert_alignment,
+            "layout": layout or c.layout,
+            "expert_alignment": alignment,
             "fp8": c.fp8,
-            "max_recv_rows": c.max_recv_rows,
+            "max_recv_rows": max_recv_rows,
         }

@@ -7,7 +7,6 @@ import torch.nn.functional as F
 import moe_ep
 from moe_ep.layers import FeedForward, GroupedExperts, SharedExperts
 from moe_ep.layers.grouped_matmul import grouped_matmul
-from moe_ep.layers.rank_layout import expand_rows, reduce_rows
 
 
 def make_experts(num_experts=3, hidden=6, ffn_hidden=5, dtype=torch.float64) -> GroupedExperts:
@@ -101,31 +100,3 @@ def test_feed_forward(kind):
 def test_feed_forward_compiles_without_graph_breaks():
     ffn, x = FeedForward(6, 5), torch.randn(3, 6)
     torch.testing.assert_close(torch.compile(ffn, backend="aot_eager", fullgraph=True)(x), ffn(x))
-
-
-def test_expand_docstring_example():
-    rows = torch.tensor([[0.0], [1.0]])
-    idx = torch.tensor([[1, -1], [0, 1]])
-    expanded, weights, slots = expand_rows(rows, torch.tensor([[0.5, 0.0], [0.1, 0.2]]), idx)
-    assert expanded.tolist() == [[1.0], [0.0], [1.0]]
-    torch.testing.assert_close(weights, torch.tensor([0.1, 0.5, 0.2]))
-    assert slots.tolist() == [[1, -1], [0, 2]]
-    assert reduce_rows(torch.tensor([[1.0], [10.0], [100.0]]), slots).tolist() == [[10.0], [101.0]]
-
-
-@pytest.mark.parametrize("num_rows", [0, 7])
-def test_expand_and_reduce_gradcheck(num_rows):
-    torch.manual_seed(0)
-    ids = torch.stack([torch.randperm(6)[:3] for _ in range(num_rows)]) if num_rows else torch.zeros(0, 3)
-    ids = torch.where(ids < 4, ids, -1).long()
-    rows = torch.randn(num_rows, 2, dtype=torch.float64, requires_grad=True)
-    weights = torch.rand(num_rows, 3, dtype=torch.float64, requires_grad=True)
-
-    def run(rows, weights):
-        expanded, row_weights, slots = expand_rows(rows, weights, ids)
-        return reduce_rows(expanded * row_weights[:, None], slots)
-
-    expected = (rows[:, None] * (weights * (ids >= 0))[..., None]).sum(1)
-    torch.testing.assert_close(run(rows, weights), expected)
-    if num_rows:
-        assert torch.autograd.gradcheck(run, (rows, weights))

@@ -149,7 +149,7 @@ def test_order_of_calls(monkeypatch):
         Logged(make(comm, config)).step(micro_batches(0, 2))
 
     ranks(CONFIG, 1, fn)
-    forward, pair, backward = "A S D E C", "C' S' A S E' D D' W E C A' W", "C' S' E' D' W A' W"
+    forward, pair, backward = "A S D E C", "C' S' W A S E' D D' W E C A' W", "C' S' W E' D' W A' W"
     assert " ".join(calls) == " ".join(f"| {one} | {one}" for one in (forward, pair, backward))
 
 
