@@ -11,6 +11,7 @@ import torch
 
 from .. import Communicator, functional
 from ..carveout import leave_free
+from ..layers.token_dispatcher import OVERLAPPED_LAYOUT
 from ..streams import named_range
 from ..timeline import Span, Timeline
 from .measure import Stopwatch, gather, median
@@ -190,7 +191,8 @@ class OverlapBench:
     def beside(self) -> list[Beside]:
         layer, x = self.pieces.layer, self.pieces._x
         routed = layer.router(x)
-        out = layer.dispatcher.dispatch(x, routed.topk_idx, routed.topk_weights)
+        routing = routed.topk_idx, routed.topk_weights
+        out = layer.dispatcher.dispatch(x, *routing, layout=OVERLAPPED_LAYOUT)
         available = self.comm.available_sms or max(BESIDE_SMS)
         results = []
         for num_sms in (n for n in BESIDE_SMS if n <= available):

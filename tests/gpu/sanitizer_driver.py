@@ -22,6 +22,7 @@ from moe_ep import _extension, fp8
 from moe_ep.compat.deep_ep.layout import dispatch_layout
 from moe_ep.compat.deep_ep.numbers import Ids, pack, unpack
 from moe_ep.layers import ModelConfig, fp8_quantize, swiglu
+from moe_ep.layers.rank_layout import expand_rows, order_by_expert, reduce_rows
 from moe_ep.layers.router import Router
 from moe_ep.layers.row_groups import RowGroups
 from moe_ep.testing import run_ranks
@@ -126,6 +127,24 @@ def routers() -> int:
     return len(cases)
 
 
+def rank_layout() -> int:
+    cases = [(1, 1, 1, 1, 8), (37, 3, 5, 16, 24), (300, 8, 40, 16, 1032), (5, 32, 1024, 4, 144)]
+    for num_rows, num_topk, num_experts, alignment, hidden in cases:
+        ids = torch.rand(num_rows, max(num_experts, num_topk), device="cuda").argsort(1)[:, :num_topk] - 1
+        weights = torch.rand(ids.shape, device="cuda", requires_grad=True)
+        for max_rows in (None, num_rows):
+            order = order_by_expert(ids, num_experts, alignment=alignment, max_rows=max_rows)
+            for dtype in DTYPES:
+                x = torch.randn(num_rows, hidden, device="cuda", dtype=dtype, requires_grad=True)
+                for tokens in (x, fp8.quantize(x)):
+                    expanded, row_weights = expand_rows(tokens, weights, order)
+                    rows = expanded if isinstance(expanded, torch.Tensor) else expanded.dequantize(dtype)
+                    y = reduce_rows(rows, order)
+                    (y.float().sum() + row_weights.sum()).backward()
+    torch.cuda.synchronize()
+    return len(cases)
+
+
 def numbers_of_deep_ep() -> int:
     """What V1 and V2 calls do beside moving rows."""
     scales, weights = torch.rand(33, 7, device="cuda"), torch.rand(33, 4, device="cuda")
@@ -142,6 +161,7 @@ PARTS = {
     "fp8": quantisation,
     "experts": expert_kernels,
     "router": routers,
+    "rank_layout": rank_layout,
     "deep_ep": numbers_of_deep_ep,
     "nvlink": communication,
 }

@@ -21,7 +21,6 @@ HOW = {
     "fp8": {"fp8": "blockwise", "fp8_backward": "blockwise"},
     "static": {"max_recv_rows": 200, "expert_alignment": 8},
 }
-"""Not the rank layout: its backward waits for the device, in the one thread that launches those of all ranks here."""
 CHUNKS = {"shared expert": 1, "2 chunks": 2, "4 chunks": 4}
 MODES = [*CHUNKS, "micro-batches"]
 MODEL = ModelConfig(num_layers=3, num_dense_layers=1, mtp_layers=1, num_experts=8, num_topk=3, max_seq_len=16)

@@ -6,9 +6,11 @@
 import contextlib
 import os
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
+from overlap_cases import CONFIG, RowByRow, make_input, run
 from overlap_stress import (
     HOW,
     MODES,
@@ -22,6 +24,7 @@ from processes import run_cuda
 
 import moe_ep
 from moe_ep.errors import PeerTimeoutError
+from moe_ep.layers import MoELayer
 from moe_ep.testing import run_ranks
 
 # Kernels of virtual ranks wait for each other; CUDA has to know before its first call (moe_ep.testing).
@@ -86,6 +89,26 @@ def test_streams(mode):
         assert communication != computation
         expected |= {("dispatch", communication), ("combine", communication), ("experts", computation)}
     assert seen == expected
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_equals_serial_layer_bit_for_bit(how):
+    """Whose rows travel in another layout; with experts that work row by row."""
+    config = replace(CONFIG, **HOW[how])
+
+    def fn(comm):
+        layer = MoELayer(config, comm, seed=5, device="cuda", dtype=torch.bfloat16)
+        layer.experts = RowByRow(layer)
+        x = make_input(comm, config, torch.bfloat16, "cuda")
+        outputs, grads = run(layer, x, 0)
+        for chunks in (1, 2, 3):
+            outputs_chunked, grads_chunked = run(layer, x, chunks)
+            assert all(map(torch.equal, outputs_chunked, outputs))
+            for name, grad in grads.items():
+                if not name.startswith("experts."):
+                    assert torch.equal(grads_chunked[name], grad), name
+
+    ranks("shared expert", fn)
 
 
 @pytest.mark.slow
