@@ -28,6 +28,7 @@ from .fp8_quantize import (
     quantize_swiglu_gradient,
     quantize_weight,
     requantize_columns,
+    requantize_tiles,
 )
 from .grouped_matmul import now_or_later
 from .row_groups import RowGroups
@@ -192,7 +193,7 @@ class _Matmul(torch.autograd.Function):
         def weight_gradients() -> Weights:
             with named_range("moe_ep.experts.requantize_columns"):
                 grad_columns = requantize_columns(grad, groups)
-                columns = requantize_columns(Fp8Tokens(data, scale_inv), groups)
+                columns = requantize_tiles(Fp8Tokens(data, scale_inv), groups)
             with named_range("moe_ep.experts.matmul.wgrad"):
                 grad_LOI = columns_by_columns(grad_columns, columns, groups, dtype)
             return (grad_LOI,) if stacked else grad_LOI.unbind()

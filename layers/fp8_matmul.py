@@ -14,7 +14,7 @@ from moe_ep import Fp8Tokens
 from moe_ep.fp8 import BLOCK
 
 from . import transformer_engine
-from .fp8_quantize import Fp8Columns, Fp8Weight, transpose_scales
+from .fp8_quantize import Fp8Columns, Fp8ColumnTiles, Fp8Weight, transpose_scales
 from .grouped_matmul import matmul_by_expert
 from .row_groups import RowGroups
 
@@ -36,32 +36,20 @@ def rows_by_weights(rows: Fp8Tokens, weight: Fp8Weight, groups: RowGroups, out_N
 
 
 def columns_by_columns(
-    grad: Fp8Columns, rows: Fp8Columns, groups: RowGroups, dtype: torch.dtype
+    grad: Fp8Columns, rows: Fp8ColumnTiles, groups: RowGroups, dtype: torch.dtype
 ) -> torch.Tensor:
     """``out[e] = grad of e.T @ rows of e``: columns of ``[N, O]`` and ``[N, I]`` -> ``[L, O, I]``."""
-    out_features, in_features = grad.scale_inv.shape[1], rows.scale_inv.shape[1]
+    out_features, in_features = grad.num_columns, rows.num_columns
     if _runs_on_transformer_engine(grad.data.device, dtype, groups, out_features, in_features):
-        operands = grad.data, grad.scale_inv, rows.data, rows.scale_inv
-        return transformer_engine.columns_by_columns(*operands, groups.splits, dtype)
-    grads, inputs = _by_expert(grad, groups), _by_expert(rows, groups)
-    out_LOI = grad.scale_inv.new_zeros(len(grads), out_features, in_features, dtype=dtype)
-    for e, (left, right) in enumerate(zip(grads, inputs, strict=True)):
-        if left[0].shape[1]:
-            torch.mm(_wide(*left, dtype), _wide(*right, dtype).t(), out=out_LOI[e])
+        return transformer_engine.columns_by_columns(
+            grad.data, grad.scale_inv, rows.data, rows.scale_inv, in_features, groups.splits, dtype
+        )
+    out_LOI = grad.scale_inv.new_zeros(len(groups.splits), out_features, in_features, dtype=dtype)
+    pairs = zip(grad.dequantize(groups, dtype), rows.dequantize(groups, dtype), strict=True)
+    for e, (grad_OM, rows_IM) in enumerate(pairs):
+        if grad_OM.shape[1]:
+            torch.mm(grad_OM, rows_IM.t(), out=out_LOI[e])
     return out_LOI
-
-
-def _by_expert(columns: Fp8Columns, groups: RowGroups) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    parts, block = [], 0
-    for start, end in groups.segments:
-        parts.append(columns.of_expert((start, end), block))
-        block += -(-(end - start) // BLOCK)
-    return parts
-
-
-def _wide(data_CM: torch.Tensor, scale_inv_BC: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    scales_CM = scale_inv_BC.t().repeat_interleave(BLOCK, 1)[:, : data_CM.shape[1]]
-    return (data_CM.float() * scales_CM).to(dtype)
 
 
 def _runs_on_transformer_engine(

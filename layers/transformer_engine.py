@@ -105,23 +105,27 @@ def columns_by_columns(
     grad_scales: torch.Tensor,
     rows: torch.Tensor,
     row_scales: torch.Tensor,
+    in_features: int,
     splits: Sequence[int],
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """The same of FP8 columns, in blocks of 128 rows.
+    """The same of FP8 columns: ``grad`` in blocks of 128 rows, ``rows`` in tiles of 128 rows by 128 columns.
 
     For each expert of M rows, one behind the other: ``grad [O, M]`` and ``rows [I, M]`` float8_e4m3fn; ``grad_scales
-    [ceil(M / 128), O]``, ``row_scales [ceil(M / 128), I]`` float32.
+    [ceil(M / 128), O]``, ``row_scales [I / 128, ceil(M / 128) rounded up to a multiple of 4]`` float32.
     """
-    shape = len(splits), grad_scales.shape[1], row_scales.shape[1]
+    shape = len(splits), grad_scales.shape[1], in_features
     out_LOI = torch.empty(shape, dtype=dtype, device=grad.device)
-    a, b = _matrices("columns", grad, grad_scales), _matrices("columns", rows, row_scales)
+    a = _matrices("columns", grad, grad_scales, width=shape[1])
+    b = _matrices("column_tiles", rows, row_scales, width=shape[2])
     _multiply("columns_by_columns", a, b, _matrices("weights", out_LOI), out_LOI, splits)
     return out_LOI
 
 
-def _matrices(form: str, data: torch.Tensor, scales: torch.Tensor | None = None) -> Any:
-    """As `csrc/grouped_gemm` knows them."""
+def _matrices(
+    form: str, data: torch.Tensor, scales: torch.Tensor | None = None, width: int | None = None
+) -> Any:
+    """As `csrc/grouped_gemm` knows them. ``width``: if it is not the data's last dimension."""
     kernels = _extension.load()
     is_weight = form == "weights"
     return kernels.grouped_gemm.Matrices(
@@ -129,7 +133,7 @@ def _matrices(form: str, data: torch.Tensor, scales: torch.Tensor | None = None)
         data=data.data_ptr(),
         scales=0 if scales is None else scales.data_ptr(),
         dtype=getattr(kernels.DType, _DTYPES.get(data.dtype, "float32")),
-        width=scales.shape[1] if form == "columns" else data.shape[-1],
+        width=data.shape[-1] if width is None else width,
         height=data.shape[1] if is_weight else 0,
         scale_width=scales.shape[2] if is_weight and scales is not None else 0,
     )

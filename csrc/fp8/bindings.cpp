@@ -8,6 +8,7 @@
 #include "fp8/quantize_blocks.h"
 #include "fp8/quantize_rowwise.h"
 #include "fp8/requantize_columns.h"
+#include "fp8/requantize_tiles.h"
 #include "fp8/transpose_scales.h"
 
 namespace py = pybind11;
@@ -90,6 +91,22 @@ void bind(py::module_& module) {
       py::kw_only(), py::arg("data"), py::arg("scale_inv"), py::arg("rows"), py::arg("cols"),
       py::arg("counts"), py::arg("num_experts"), py::arg("out"), py::arg("out_scale_inv"), py::arg("stream"),
       "From rows quantised in 1x128 blocks to columns of each expert's rows in blocks of 128.");
+  module.def(
+      "requantize_tiles",
+      [](Address data, Address scale_inv, int64_t rows, int64_t cols, Address counts, int num_experts,
+         Address out, Address out_scale_inv, Address stream) {
+        const RequantizeTiles launch{pointer<uint8_t>(data),
+                                     pointer<float>(scale_inv),
+                                     cols,
+                                     experts_of(counts, num_experts, rows),
+                                     pointer<uint8_t>(out),
+                                     pointer<float>(out_scale_inv),
+                                     pointer<CUstream_st>(stream)};
+        run([&] { return requantize_tiles(launch); });
+      },
+      py::kw_only(), py::arg("data"), py::arg("scale_inv"), py::arg("rows"), py::arg("cols"),
+      py::arg("counts"), py::arg("num_experts"), py::arg("out"), py::arg("out_scale_inv"), py::arg("stream"),
+      "From rows quantised in 1x128 blocks to columns of each expert's rows in tiles of 128x128.");
   module.def(
       "transpose_scales",
       [](Address scale_inv, int64_t rows, int64_t blocks, Address counts, int num_experts, Address out,

@@ -13,6 +13,7 @@ struct RowTile {
   int rows;              // in the tile
   int64_t expert_first;  // the expert's first row
   int64_t expert_rows;
+  int expert;
 };
 
 // Tile number `tile`, counted expert by expert. Every lane of a warp calls it and gets the answer.
@@ -43,12 +44,12 @@ __device__ __forceinline__ RowTile find_tile(const Experts& experts, int64_t til
       const int64_t expert_rows = __shfl_sync(kAllLanes, rows, owner);
       const int64_t offset = (tile - __shfl_sync(kAllLanes, last - tiles, owner)) * kBlock;
       const int64_t left = min(expert_rows - offset, static_cast<int64_t>(kBlock));
-      return {expert_first + offset, static_cast<int>(left), expert_first, expert_rows};
+      return {expert_first + offset, static_cast<int>(left), expert_first, expert_rows, base + owner};
     }
     rows_before += __shfl_sync(kAllLanes, end, 31);
     tiles_before = __shfl_sync(kAllLanes, last, 31);
   }
-  return {0, 0, 0, 0};
+  return {0, 0, 0, 0, 0};
 }
 
 }  // namespace moe_ep::fp8

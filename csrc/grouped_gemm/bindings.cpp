@@ -16,6 +16,7 @@ void bind(py::module_& module) {
   py::enum_<Form>(module, "Form")
       .value("rows", Form::rows)
       .value("columns", Form::columns)
+      .value("column_tiles", Form::column_tiles)
       .value("weights", Form::weights);
   py::enum_<Product>(module, "Product")
       .value("rows_by_weights", Product::rows_by_weights)

@@ -38,6 +38,10 @@ BasicTensor basic(void* data, TeType dtype, int64_t rows, int64_t columns) {
   return tensor;
 }
 
+bool is_by_column(const Matrices& matrices) {
+  return matrices.form == Form::columns || matrices.form == Form::column_tiles;
+}
+
 // Goes through the experts' matrices.
 class Cursor {
  public:
@@ -46,7 +50,7 @@ class Cursor {
 
   BasicTensor data(int64_t m) const {
     const TeType dtype = matrices_.scales != nullptr ? TeType::float8_e4m3 : te_type(matrices_.dtype);
-    if (matrices_.form == Form::columns) return basic(data_, dtype, matrices_.width, m);
+    if (is_by_column(matrices_)) return basic(data_, dtype, matrices_.width, m);
     return basic(data_, dtype, height(m), matrices_.width);
   }
 
@@ -77,6 +81,8 @@ class Cursor {
         return {blocks(matrices_.width), m};
       case Form::columns:
         return {blocks(m), matrices_.width};
+      case Form::column_tiles:
+        return {blocks(matrices_.width), (blocks(m) + 3) / 4 * 4};
       default:
         return {blocks(matrices_.height), matrices_.scale_width};
     }
@@ -113,7 +119,7 @@ class Operand {
       : cursor_(matrices), matrices_(matrices), tensor_(api, scaling(matrices)) {}
 
   Tensor at_expert(int64_t m) {
-    const bool columnwise = matrices_.form == Form::columns;
+    const bool columnwise = is_by_column(matrices_);
     tensor_.set(columnwise ? TensorParam::columnwise_data : TensorParam::rowwise_data, cursor_.data(m));
     if (matrices_.scales != nullptr)
       tensor_.set(columnwise ? TensorParam::columnwise_scale : TensorParam::rowwise_scale, cursor_.scales(m));
@@ -127,7 +133,8 @@ class Operand {
  private:
   static Scaling scaling(const Matrices& matrices) {
     if (matrices.scales == nullptr) return Scaling::none;
-    return matrices.form == Form::weights ? Scaling::block_2d : Scaling::block_1d;
+    const bool is_tiled = matrices.form == Form::weights || matrices.form == Form::column_tiles;
+    return is_tiled ? Scaling::block_2d : Scaling::block_1d;
   }
 
   Cursor cursor_;

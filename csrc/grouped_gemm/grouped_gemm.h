@@ -13,9 +13,11 @@ namespace moe_ep::grouped_gemm {
 
 // Row-major matrices of all experts, one behind the other. Of an expert with m rows:
 enum class Form {
-  rows,     // [m, width]; FP8 in 1x128 blocks, scales [width / 128, m]
-  columns,  // [width, m], only FP8, in blocks of 128 of the rows, scales [ceil(m / 128), width]
-  weights,  // [height, width]; FP8 in 128x128 blocks, scales [height / 128, scale_width]
+  rows,          // [m, width]; FP8 in 1x128 blocks, scales [width / 128, m]
+  columns,       // [width, m], only FP8, in blocks of 128 of the rows, scales [ceil(m / 128), width]
+  column_tiles,  // [width, m], only FP8, in 128x128 blocks, scales [width / 128, ceil(m / 128) up to a
+                 // multiple of 4]
+  weights,       // [height, width]; FP8 in 128x128 blocks, scales [height / 128, scale_width]
 };
 
 struct Matrices {
@@ -31,7 +33,7 @@ struct Matrices {
 enum class Product {
   rows_by_weights,             // out [m, height of b] = a b^T;  a: rows, b: weights
   rows_by_transposed_weights,  // out [m, width of b]  = a b;    a: rows, b: weights, not FP8
-  columns_by_columns,          // out weights          = a^T b;  a, b: rows, or columns if FP8
+  columns_by_columns,  // out weights          = a^T b;  a, b: rows; if FP8 columns, and column_tiles for b
 };
 
 struct Call {

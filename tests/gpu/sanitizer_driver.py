@@ -94,6 +94,7 @@ def expert_kernels() -> int:
         groups = RowGroups(torch.tensor(splits, device="cuda"), splits, len(rows))
         tokens = fp8.quantize(rows)
         fp8_quantize.requantize_columns(tokens, groups)
+        fp8_quantize.requantize_tiles(tokens, groups)
         fp8_quantize.transpose_scales(tokens.scale_inv, groups)
         fp8_quantize.quantize_weight(torch.randn(3, 256, width, device="cuda").bfloat16(), transposed=True)
         weights = torch.rand(len(rows), device="cuda")

@@ -65,6 +65,26 @@ def test_columns_of_many_tiles_equal_the_formulas():
 
 
 @pytest.mark.parametrize("splits", SPLITS, ids=str)
+@pytest.mark.parametrize("extra", [0, 64])
+@pytest.mark.parametrize("hidden", [128, 1024])
+def test_tiles_equal_the_formulas(splits, extra, hidden):
+    assert_same_tiles(tokens_of(sum(splits) + extra, hidden), groups_of(splits, extra))
+
+
+def test_many_tiles_equal_the_formulas():
+    assert_same_tiles(tokens_of(7120, 7168), groups_of([4096, 3008, 16]))
+
+
+def assert_same_tiles(tokens, groups):
+    tokens.data[1] = 0
+    got = fp8_quantize.requantize_tiles(tokens, groups)
+    wanted = fp8_quantize.requantize_tiles_torch(tokens, groups)
+    for ours, formulas in zip(got.by_expert(groups), wanted.by_expert(groups), strict=True):
+        assert torch.equal(ours[0].view(torch.uint8), formulas[0].view(torch.uint8))
+        assert torch.equal(ours[1], formulas[1])
+
+
+@pytest.mark.parametrize("splits", SPLITS, ids=str)
 @pytest.mark.parametrize("blocks", [1, 8, 56])
 def test_scales_by_expert(splits, blocks):
     groups = groups_of(splits)
@@ -178,7 +198,7 @@ def test_transformer_engine_multiplies_the_same_numbers(splits, hidden, ffn_hidd
     torch.manual_seed(3)
     weight = torch.randn(len(splits), ffn_hidden, hidden, device="cuda", dtype=torch.bfloat16) * 0.05
     plain, turned = fp8_quantize.quantize_weight(weight, transposed=True)
-    columns = [fp8_quantize.requantize_columns(each, groups) for each in (grad, tokens)]
+    columns = fp8_quantize.requantize_columns(grad, groups), fp8_quantize.requantize_tiles(tokens, groups)
 
     def products():
         return {
@@ -258,7 +278,14 @@ def test_times_of_quantisation():
     target = torch.empty_like(gate_up)
     report("copy", milliseconds(lambda: target.copy_(gate_up)), moved=2 * gate_up.nbytes)
     pieces = {
-        "columns of x": (lambda: fp8_quantize.requantize_columns(tokens, groups), 2 * tokens.data.nbytes),
+        "columns of a gradient": (
+            lambda: fp8_quantize.requantize_columns(tokens, groups),
+            2 * tokens.data.nbytes,
+        ),
+        "columns of x in tiles": (
+            lambda: fp8_quantize.requantize_tiles(tokens, groups),
+            2 * tokens.data.nbytes,
+        ),
         "scales by expert": (
             lambda: fp8_quantize.transpose_scales(tokens.scale_inv, groups),
             2 * tokens.scale_inv.nbytes,
@@ -303,7 +330,7 @@ def test_times_of_products(name, out_features, in_features):
     tokens, grad = tokens_of(LAYER_ROWS, in_features), tokens_of(LAYER_ROWS, out_features)
     weight = torch.randn(16, out_features, in_features, device="cuda", dtype=torch.bfloat16)
     plain, turned = fp8_quantize.quantize_weight(weight, transposed=True)
-    columns = [fp8_quantize.requantize_columns(each, groups) for each in (grad, tokens)]
+    columns = fp8_quantize.requantize_columns(grad, groups), fp8_quantize.requantize_tiles(tokens, groups)
     wide, wide_grad = tokens.dequantize(), grad.dequantize()
     flops = 2 * LAYER_ROWS * out_features * in_features
     bf16 = torch.bfloat16

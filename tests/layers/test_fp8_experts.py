@@ -1,6 +1,7 @@
 """FP8 experts in plain torch: quantisation block by block, products and gradients against exact dequantised numbers."""
 
 import contextlib
+import itertools
 
 import pytest
 import torch
@@ -60,9 +61,8 @@ def test_columns_block_by_block(extra):
     groups = groups_of(extra=extra)
     tokens = fp8.quantize(random(groups.num_rows, HIDDEN) * random(groups.num_rows, 1, seed=1).exp())
     columns = fp8_quantize.requantize_columns(tokens, groups)
-    wide, block = tokens.dequantize(torch.float32), 0
-    for start, end in groups.segments:
-        data, scale_inv = columns.of_expert((start, end), block)
+    wide, blocks = tokens.dequantize(torch.float32), 0
+    for (start, end), (data, scale_inv) in zip(groups.segments, columns.by_expert(groups), strict=True):
         for b, first in enumerate(range(start, end, 128)):
             last = min(first + 128, end)
             for column in (0, 7, HIDDEN - 1):
@@ -70,8 +70,43 @@ def test_columns_block_by_block(extra):
                 got = data[column, first - start : last - start]
                 assert torch.equal(got.view(torch.uint8), wanted[0].view(torch.uint8))
                 assert scale_inv[b, column] == scale
-        block += -(-(end - start) // 128)
-    assert block == len(columns.scale_inv)
+        blocks += len(scale_inv)
+    assert blocks == len(columns.scale_inv)
+
+
+@pytest.mark.parametrize("extra", [0, 5])
+@pytest.mark.parametrize("hidden", [256, 300])
+def test_tiles_keep_what_is_near_their_largest(hidden, extra):
+    groups = groups_of(extra=extra)
+    rows = random(groups.num_rows, hidden) * random(groups.num_rows, 1, seed=1).exp()
+    rows[3] = 0  # whose scale of 1 must not count
+    rows[:, :128] *= 2.0**-30
+    tokens = fp8.quantize(rows)
+    tiles = fp8_quantize.requantize_tiles(tokens, groups)
+    wide = tokens.dequantize(torch.float32)
+    both = zip(tiles.by_expert(groups), tiles.dequantize(groups, torch.float32), strict=True)
+    for (start, end), ((data, scale_inv), got) in zip(groups.segments, both, strict=True):
+        assert data.shape == got.shape == (hidden, end - start)
+        assert scale_inv.shape == (-(-hidden // 128), -(-(end - start) // 128))
+        for i, j in itertools.product(*map(range, scale_inv.shape)):
+            columns, block = slice(128 * i, 128 * i + 128), slice(128 * j, min(128 * j + 128, end - start))
+            wanted = wide[start:end][block, columns].t()
+            of_rows = tokens.scale_inv[start:end][block, i][wanted.any(0)]
+            assert scale_inv[i, j] == of_rows.max()
+            near = wanted.abs() >= wanted.abs().max() * 2.0**-13
+            assert near.float().mean() > 0.9
+            assert torch.equal(got[columns, block][near], wanted[near])
+            assert (got[columns, block] - wanted).abs().max() <= scale_inv[i, j] * 2.0**-10
+
+
+def test_tiles_of_nothing():
+    groups = RowGroups(torch.tensor([0, 128]), [0, 128], 128)
+    tokens = fp8.quantize(torch.zeros(128, 256))
+    (empty, no_scales), (data, scale_inv) = fp8_quantize.requantize_tiles(tokens, groups).by_expert(groups)
+    assert empty.shape == (256, 0)
+    assert no_scales.shape == (2, 0)
+    assert not data.float().any()
+    assert (scale_inv == 1).all()
 
 
 @pytest.mark.parametrize("shape", [(2, 256, 384), (1, 200, 130)])

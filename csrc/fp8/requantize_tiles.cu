@@ -1,0 +1,173 @@
+#include "fp8/requantize_tiles.h"
+
+#include <algorithm>
+
+#include "fp8/checks.h"
+#include "fp8/experts.cuh"
+#include "fp8/formulas.cuh"
+#include "fp8/turn.cuh"
+
+namespace moe_ep::fp8 {
+namespace {
+
+constexpr int kMostTiles = 8;  // of a thread block
+constexpr int kRowsPerLoad = kThreads / ByteTile::kUnits;
+constexpr int kLoads = kBlock / kRowsPerLoad;
+
+// A thread has 16 bytes each of rows `kRowsPerLoad` apart, and those rows' scales.
+struct Loaded {
+  uint4 units[kLoads];  // NOTE: of a vector of bytes the compiler would make single bytes
+  float scale_inv[kLoads];
+};
+
+__device__ __forceinline__ int own_row() {
+  return static_cast<int>(threadIdx.x) / ByteTile::kUnits;
+}
+
+__device__ __forceinline__ int own_column() {
+  return static_cast<int>(threadIdx.x) % ByteTile::kUnits * ByteTile::kUnit;
+}
+
+// A thread's share of tiles side by side, one after the other.
+class Source {
+ public:
+  __device__ __forceinline__ Source(const uint8_t* data, const float* scale_inv, int64_t cols,
+                                    const RowTile& rows, int first_tile)
+      : unit_(data + (rows.first + own_row()) * cols + first_tile * kBlock + own_column()),
+        scale_inv_(scale_inv + (rows.first + own_row()) * (cols / kBlock) + first_tile),
+        cols_(cols),
+        rows_(rows.rows - own_row()) {}
+
+  __device__ __forceinline__ void load(Loaded& loaded) {
+    const uint8_t* unit = unit_;
+    const float* scale_inv = scale_inv_;
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      loaded.units[i] = make_uint4(0, 0, 0, 0);
+      loaded.scale_inv[i] = 0.0f;
+      if (i * kRowsPerLoad < rows_) {
+        loaded.units[i] = __ldcs(reinterpret_cast<const uint4*>(unit));
+        loaded.scale_inv[i] = *scale_inv;
+      }
+      unit += kRowsPerLoad * cols_;
+      scale_inv += kRowsPerLoad * (cols_ / kBlock);
+    }
+    unit_ += kBlock;
+    ++scale_inv_;
+  }
+
+ private:
+  const uint8_t* unit_;
+  const float* scale_inv_;
+  int64_t cols_;
+  int rows_;  // from this thread's first
+};
+
+__device__ __forceinline__ bool is_zero(uint4 unit) {
+  return ((unit.x | unit.y | unit.z | unit.w) & 0x7F7F7F7Fu) == 0;
+}
+
+// Each byte's value times `factor`, which is at most 1 where there are others than zeros.
+__device__ __forceinline__ unsigned int scaled(unsigned int word, float factor) {
+  const float2 low = to_float2(static_cast<__nv_fp8x2_storage_t>(word & 0xFFFFu));
+  const float2 high = to_float2(static_cast<__nv_fp8x2_storage_t>(word >> 16));
+  return to_bytes(__fmul_rn(low.x, factor), __fmul_rn(low.y, factor), __fmul_rn(high.x, factor),
+                  __fmul_rn(high.y, factor));
+}
+
+// Where the expert's scales begin: all experts before it have a multiple of 4 for each block of columns.
+// Every lane of a warp calls it and gets the answer.
+__device__ __forceinline__ int64_t padded_tiles(int64_t rows) {
+  return (rows + 4 * kBlock - 1) / (4 * kBlock) * 4;
+}
+
+__device__ __forceinline__ int64_t padded_tiles_before(const Experts& experts, int expert) {
+  int64_t sum = 0;
+  for (int e = static_cast<int>(threadIdx.x) % 32; e < expert; e += 32)
+    sum += padded_tiles(experts.counts[e]);
+#pragma unroll
+  for (int distance = 16; distance > 0; distance /= 2) sum += __shfl_xor_sync(0xFFFFFFFFu, sum, distance);
+  return sum;
+}
+
+// Bound by HBM: 2 bytes moved per element. A thread block turns tiles side by side, and loads one while it
+// turns the one before.
+__global__ void __launch_bounds__(kThreads, 4)
+    requantize(const uint8_t* __restrict__ data, const float* __restrict__ scale_inv, int64_t cols,
+               int tiles_per_block, Experts experts, uint8_t* __restrict__ out,
+               float* __restrict__ out_scale_inv) {
+  __shared__ ByteTile tile;
+  __shared__ float largest_of_warp[kWarps];
+  const RowTile rows = find_tile(experts, blockIdx.y);
+  if (rows.rows == 0) return;
+  const int column_tiles = static_cast<int>(cols / kBlock);
+  const int first_tile = static_cast<int>(blockIdx.x) * tiles_per_block;
+  const int end_tile = min(first_tile + tiles_per_block, column_tiles);
+  const int64_t scale_width = padded_tiles(rows.expert_rows);
+  float* const scale_out = out_scale_inv + padded_tiles_before(experts, rows.expert) * column_tiles +
+                           (rows.first - rows.expert_first) / kBlock;
+  uint8_t* rows_out = out + rows.expert_first * cols + (rows.first - rows.expert_first) +
+                      static_cast<int64_t>(first_tile) * kBlock * rows.expert_rows;
+  const ColumnShare share;
+
+  Source source(data, scale_inv, cols, rows, first_tile);
+  Loaded loaded;
+  source.load(loaded);
+  for (int column_tile = first_tile; column_tile < end_tile; ++column_tile) {
+    float largest = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      if (!is_zero(loaded.units[i])) largest = fmaxf(largest, loaded.scale_inv[i]);
+    }
+    largest = max_over_lanes<32>(largest);
+    if (threadIdx.x % 32 == 0) largest_of_warp[threadIdx.x / 32] = largest;
+    __syncthreads();  // and the tile before has been read
+    largest = max_over_lanes<kWarps>(largest_of_warp[threadIdx.x % kWarps]);
+    if (largest == 0.0f) largest = 1.0f;
+    const float reciprocal = __frcp_rn(largest);
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      const float factor = __fmul_rn(loaded.scale_inv[i], reciprocal);
+      uint4 unit = loaded.units[i];
+      if (factor != 1.0f) {
+        unit = make_uint4(scaled(unit.x, factor), scaled(unit.y, factor), scaled(unit.z, factor),
+                          scaled(unit.w, factor));
+      }
+      *reinterpret_cast<uint4*>(tile.at(own_row() + i * kRowsPerLoad, own_column())) = unit;
+    }
+    __syncthreads();
+    if (column_tile + 1 < end_tile) source.load(loaded);
+    if (threadIdx.x == 0) scale_out[column_tile * scale_width] = largest;
+    if (share.row < rows.rows) store_turned(tile, share, rows_out, rows.expert_rows);
+    rows_out += kBlock * rows.expert_rows;
+  }
+}
+
+// Column tiles for each thread block: as many as leave every multiprocessor some blocks.
+int tiles_per_block(int64_t column_tiles, int64_t row_tiles) {
+  constexpr int64_t kEnoughBlocks = 2048;
+  const int64_t most = std::min<int64_t>(kMostTiles, column_tiles * row_tiles / kEnoughBlocks);
+  return static_cast<int>(std::max<int64_t>(1, most));
+}
+
+}  // namespace
+
+Status requantize_tiles(const RequantizeTiles& launch) {
+  const int64_t rows = launch.experts.rows, cols = launch.cols;
+  const Status status = check_arguments(
+      "requantize_tiles", rows, cols,
+      {launch.data, launch.scale_inv, launch.experts.counts, launch.out, launch.out_scale_inv},
+      "data, scale_inv, counts, out and out_scale_inv");
+  if (!status.is_ok() || rows == 0 || cols == 0) return status;
+  const Status tiled = check_tiles("requantize_tiles", launch.experts, cols, {launch.data, launch.out});
+  if (!tiled.is_ok()) return tiled;
+  const int64_t column_tiles = cols / kBlock, row_tiles = launch.experts.max_tiles();
+  const int per_block = tiles_per_block(column_tiles, row_tiles);
+  const dim3 grid(static_cast<unsigned int>((column_tiles + per_block - 1) / per_block),
+                  static_cast<unsigned int>(row_tiles));
+  requantize<<<grid, kThreads, 0, launch.stream>>>(launch.data, launch.scale_inv, cols, per_block,
+                                                   launch.experts, launch.out, launch.out_scale_inv);
+  return Status::from_cuda(cudaGetLastError(), "launching requantize_tiles");
+}
+
+}  // namespace moe_ep::fp8
