@@ -78,6 +78,11 @@ class MoELayer(nn.Module):
             overlap_chunks = self.config.overlap_chunks
         routed = self.router(x)
         x_TH = x.reshape(-1, x.shape[-1])
+
+        def prepare_experts() -> None:
+            if self.config.fp8_experts is not None:
+                self.experts.prepare()
+
         if overlap_chunks != 0:
             y_TH = run_overlapped(
                 x_TH,
@@ -85,6 +90,7 @@ class MoELayer(nn.Module):
                 routed.topk_weights,
                 dispatcher=self.dispatcher,
                 run_experts=self.run_experts,
+                prepare_experts=prepare_experts,
                 shared=self.shared,
                 num_chunks=overlap_chunks,
             )
@@ -93,8 +99,7 @@ class MoELayer(nn.Module):
 
         def meanwhile() -> None:
             nonlocal shared_TH
-            if self.config.fp8_experts is not None:
-                self.experts.prepare()
+            prepare_experts()
             if self.shared is not None:
                 shared_TH = self.shared(x_TH)
 

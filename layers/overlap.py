@@ -3,8 +3,8 @@
 Tokens go through in chunks: ``D`` is a chunk's dispatch, ``E`` its experts, ``C`` its combine; ``U`` and ``S`` are
 the shared expert up to its activation and its last product. Three chunks::
 
-    current stream     |      U | E0    | E1       | E2    | S | sum
-    the communicator's | D0     | D1    | C0   D2  | C1    | C2
+    current stream     | U  | E0    | E1       | E2    | S | sum
+    the communicator's | D0 | D1    | C0   D2  | C1    | C2
 
 One chunk is the case in which only the shared expert runs beside communication.
 
@@ -40,10 +40,13 @@ def run_overlapped(
     *,
     dispatcher: TokenDispatcher,
     run_experts: Callable[[moe_ep.DispatchOutput], torch.Tensor],
+    prepare_experts: Callable[[], object],
     shared: SharedExperts | None,
     num_chunks: int,
 ) -> torch.Tensor:
     """``x_TH [T, H]`` to the experts ``topk_idx_TK [T, K]`` and back, plus the shared expert: ``[T, H]``.
+
+    ``prepare_experts``: what `run_experts` would do first and needs no rows for.
 
     Collective: every rank gives the same ``num_chunks``; T may differ, and be smaller than that. Raises InvalidInput.
     """
@@ -59,19 +62,25 @@ def run_overlapped(
         stream = dispatcher.comm.stream(x_TH.device)
         stream.wait_stream(torch.cuda.current_stream(x_TH.device))
 
-    def dispatch(chunk: tuple[torch.Tensor, ...]) -> tuple[moe_ep.DispatchOutput, moe_ep.Event]:
+    def dispatch(chunk: tuple[torch.Tensor, ...], **options) -> tuple[moe_ep.DispatchOutput, moe_ep.Event]:
         # An asynchronous call waits for what the current stream has been given. Called from its own stream it waits
         # for nothing but the tokens, not for the experts that should run beside it.
         with torch.cuda.stream(stream):
-            return dispatcher.dispatch_async(*chunk, num_sms=num_sms)
+            return dispatcher.dispatch_async(*chunk, num_sms=num_sms, **options)
+
+    computing = torch.cuda.current_stream(x_TH.device) if x_TH.is_cuda else None
+    activation_TF: torch.Tensor | None = None
+
+    def meanwhile() -> None:
+        nonlocal activation_TF
+        with torch.cuda.stream(computing):
+            prepare_experts()
+            if shared is not None:
+                with named_range("shared expert"):
+                    activation_TF = leave_free_in_both_directions(shared.activate, x_TH, left_free)
 
     combined = []
-    # NOTE: communication is launched first wherever there is a choice. A matrix product may take all multiprocessors
-    # until it ends, and then keeps out what comes later, whatever the streams' priorities.
-    arriving = dispatch(chunks[0])
-    if shared is not None:
-        with named_range("shared expert"):
-            activation_TF = leave_free_in_both_directions(shared.activate, x_TH, left_free)
+    arriving = dispatch(chunks[0], meanwhile=meanwhile)
     for following in [*chunks[1:], None]:
         out, arrived = arriving
         arrived.wait()

@@ -61,10 +61,11 @@ class TokenDispatcher(nn.Module):
         *,
         layout: str | None = OVERLAPPED_LAYOUT,
         num_sms: int | None = None,
+        meanwhile: Callable[[], object] | None = None,
     ) -> tuple[moe_ep.DispatchOutput, moe_ep.Event]:
         """``dispatch`` on the communicator's stream; use the output after ``event.wait()``."""
         tensors = x_TH.contiguous(), topk_idx_TK.contiguous(), topk_weights_TK.contiguous()
-        options = {"num_sms": num_sms, **self._dispatch_options(layout)}
+        options = {"num_sms": num_sms, "meanwhile": meanwhile, **self._dispatch_options(layout)}
         return moe_ep.dispatch_async(*tensors, self.comm, **options)
 
     def combine(

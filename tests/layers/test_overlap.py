@@ -74,7 +74,7 @@ def test_equals_serial_layer_bit_for_bit(ep_size, how, fp8, dtype):
 
 
 @pytest.mark.parametrize("fp8", [{}, FP8], ids=["", "fp8"])
-def test_fp8_experts(fp8):
+def test_fp8_rows(fp8):
     config = replace(CONFIG, **fp8)
 
     def fn(comm):
@@ -86,6 +86,30 @@ def test_fp8_experts(fp8):
 
     for grads, grads_chunked in ranks(config, 2, fn):
         assert_close(grads_chunked, grads, 1e-6)
+
+
+@pytest.mark.parametrize("how", [{}, FP8, {**FP8, "max_recv_rows": 256}], ids=["", "fp8 rows", "static"])
+def test_fp8_experts(how):
+    """They get the same rows and gradients, in FP8 if these travel so."""
+    sizes_for_blocks = {
+        "hidden": 128,
+        "moe_ffn_hidden": 128,
+        "fp8_experts": "blockwise",
+        "expert_alignment": 16,
+    }
+    config = replace(CONFIG, **sizes_for_blocks, **how)
+
+    def fn(comm):
+        layer, x = MoELayer(config, comm, seed=5), make_input(comm, config, torch.float32)
+        outputs, grads = run(layer, x, 0)
+        outputs_overlapped, grads_overlapped = run(layer, x, 1)
+        assert all(map(torch.equal, outputs_overlapped, outputs))
+        for name, grad in grads.items():
+            assert torch.equal(grads_overlapped[name], grad), name
+        (y_chunked, _), _ = run(layer, x, 3)
+        assert_close({"y": y_chunked}, {"y": outputs[0]}, 1e-6)
+
+    ranks(config, 2, fn)
 
 
 def test_config_turns_it_on_in_a_model(monkeypatch):
@@ -136,10 +160,10 @@ def test_processes():
 
 
 FORWARD = {
-    1: "D0 U wait-D0 E0 C0 S wait-C0",
-    2: "D0 U wait-D0 E0 D1 C0 wait-D1 E1 C1 S wait-C0 wait-C1",
-    3: "D0 U wait-D0 E0 D1 C0 wait-D1 E1 D2 C1 wait-D2 E2 C2 S wait-C0 wait-C1 wait-C2",
-    4: "D0 U wait-D0 E0 D1 C0 wait-D1 E1 D2 C1 wait-D2 E2 D3 C2 wait-D3 E3 C3 S "
+    1: "U D0 wait-D0 E0 C0 S wait-C0",
+    2: "U D0 wait-D0 E0 D1 C0 wait-D1 E1 C1 S wait-C0 wait-C1",
+    3: "U D0 wait-D0 E0 D1 C0 wait-D1 E1 D2 C1 wait-D2 E2 C2 S wait-C0 wait-C1 wait-C2",
+    4: "U D0 wait-D0 E0 D1 C0 wait-D1 E1 D2 C1 wait-D2 E2 D3 C2 wait-D3 E3 C3 S "
     "wait-C0 wait-C1 wait-C2 wait-C3",
 }
 
