@@ -1,98 +1,80 @@
 #include "fp8/requantize_columns.h"
 
+#include <cuda_pipeline.h>
+
 #include <algorithm>
 
-#include "fp8/byte_tile.cuh"
 #include "fp8/checks.h"
 #include "fp8/experts.cuh"
+#include "fp8/turned_tile.cuh"
 
 namespace moe_ep::fp8 {
 namespace {
 
 constexpr int kMostTiles = 8;  // of a thread block
-constexpr int kLoads = kBlock * ByteTile::kUnits / kThreads;
 
-// What a thread loads of a tile: 16 bytes each of rows `kThreads / ByteTile::kUnits` apart, and a row's
-// scale.
-struct Loaded {
-  Vector<uint8_t, 16> units[kLoads];
-  float scale_inv;
+// Brings tiles of some rows into shared memory, one 16-byte unit after the other, while other threads
+// compute. A thread has the same units of every tile.
+class TileLoader {
+ public:
+  __device__ __forceinline__ TileLoader(const uint8_t* data, const float* scale_inv, int64_t cols,
+                                        const RowTile& rows)
+      : row_(static_cast<int>(threadIdx.x) / ByteTile::kUnits),
+        column_(static_cast<int>(threadIdx.x) % ByteTile::kUnits * ByteTile::kUnit),
+        rows_(rows.rows),
+        stride_(kRowsApart * cols),
+        from_(data + (rows.first + row_) * cols + column_),
+        scale_inv_(scale_inv + (rows.first + threadIdx.x) * (cols / kBlock)) {}
 
-  static __device__ __forceinline__ int row(int i) {
-    return static_cast<int>(threadIdx.x + i * kThreads) / ByteTile::kUnits;
-  }
-  static __device__ __forceinline__ int column() {
-    return static_cast<int>(threadIdx.x) % ByteTile::kUnits * ByteTile::kUnit;
-  }
-
-  __device__ __forceinline__ void load(const uint8_t* data, const float* scale_inv_of, int64_t cols,
-                                       const RowTile& rows, int column_tile) {
-    const int64_t first_column = static_cast<int64_t>(column_tile) * kBlock;
+  // Begins to; rows past the end become zeros.
+  __device__ __forceinline__ void begin(QuantizedTile& tile, int column_tile) const {
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
-      units[i] = {};
-      if (row(i) < rows.rows)
-        units[i] = load_once<uint8_t, 16>(data + (rows.first + row(i)) * cols + first_column + column());
+      const int row = row_ + i * kRowsApart;
+      const size_t missing = row < rows_ ? 0 : ByteTile::kUnit;
+      __pipeline_memcpy_async(tile.bytes.at(row, column_), from_ + i * stride_ + column_tile * kBlock,
+                              ByteTile::kUnit, missing);
     }
-    scale_inv = 1.0f;
-    if (static_cast<int>(threadIdx.x) < rows.rows)
-      scale_inv = scale_inv_of[(rows.first + threadIdx.x) * (cols / kBlock) + column_tile];
+    if (threadIdx.x < kBlock) {
+      const size_t missing = static_cast<int>(threadIdx.x) < rows_ ? 0 : sizeof(float);
+      __pipeline_memcpy_async(&tile.scale_inv.of(threadIdx.x), scale_inv_ + column_tile, sizeof(float),
+                              missing);
+    }
+    __pipeline_commit();
   }
+
+ private:
+  static constexpr int kRowsApart = kThreads / ByteTile::kUnits;
+  static constexpr int kLoads = kBlock / kRowsApart;
+
+  int row_;
+  int column_;
+  int rows_;
+  int64_t stride_;
+  const uint8_t* from_;
+  const float* scale_inv_;
 };
 
 // Bound by HBM: 2 bytes moved per element. A thread block turns tiles of 128 rows by 128 columns, side by
 // side, and loads one while it turns the one before.
-__global__ void __launch_bounds__(kThreads, 2)
-    requantize_tiles(const uint8_t* __restrict__ data, const float* __restrict__ scale_inv, int64_t cols,
-                     int tiles_per_block, Experts experts, uint8_t* __restrict__ out,
-                     float* __restrict__ out_scale_inv) {
-  __shared__ ByteTile tile;
-  __shared__ float row_scale_inv[kBlock];
+__global__ void __launch_bounds__(kThreads, 3)
+    requantize_tiles(const uint8_t* __restrict__ data, const float* __restrict__ scale_inv,
+                     int tiles_per_block, Experts experts, ColumnOutput out) {
+  __shared__ QuantizedTile tiles[2];
   const RowTile rows = find_tile(experts, blockIdx.y);
   if (rows.rows == 0) return;
-  const int column_tiles = static_cast<int>(cols / kBlock);
+  const int column_tiles = static_cast<int>(out.cols / kBlock);
   const int first_tile = static_cast<int>(blockIdx.x) * tiles_per_block;
   const int end_tile = min(first_tile + tiles_per_block, column_tiles);
-  const ColumnShare share;
+  const TileLoader loader(data, scale_inv, out.cols, rows);
+  const ColumnWriter writer(out, rows, blockIdx.y);
 
-  Loaded loaded;
-  loaded.load(data, scale_inv, cols, rows, first_tile);
-  for (int column_tile = first_tile; column_tile < end_tile; ++column_tile) {
-    __syncthreads();  // the tile before has been read
-#pragma unroll
-    for (int i = 0; i < kLoads; ++i) store(tile.at(Loaded::row(i), Loaded::column()), loaded.units[i]);
-    if (threadIdx.x < kBlock) row_scale_inv[threadIdx.x] = loaded.scale_inv;
-    __syncthreads();
-    if (column_tile + 1 < end_tile) loaded.load(data, scale_inv, cols, rows, column_tile + 1);
-
-    const int64_t first_column = static_cast<int64_t>(column_tile) * kBlock;
-    float values[ColumnShare::kColumns][ColumnShare::kRows];
-    float amax[ColumnShare::kColumns] = {};
-#pragma unroll
-    for (int i = 0; i < ColumnShare::kRows; ++i) {
-      const unsigned int word = tile.word(share.row + i, share.column);
-      const float row_scale = row_scale_inv[share.row + i];
-      const float2 low = to_float2(static_cast<__nv_fp8x2_storage_t>(word & 0xFFFFu));
-      const float2 high = to_float2(static_cast<__nv_fp8x2_storage_t>(word >> 16));
-      values[0][i] = __fmul_rn(low.x, row_scale);
-      values[1][i] = __fmul_rn(low.y, row_scale);
-      values[2][i] = __fmul_rn(high.x, row_scale);
-      values[3][i] = __fmul_rn(high.y, row_scale);
-#pragma unroll
-      for (int c = 0; c < ColumnShare::kColumns; ++c) amax[c] = fmaxf(amax[c], fabsf(values[c][i]));
-    }
-    uint8_t* column_out = out + rows.expert_first * cols + (first_column + share.column) * rows.expert_rows +
-                          (rows.first - rows.expert_first) + share.row;
-    Vector<float, ColumnShare::kColumns> inverse;
-#pragma unroll
-    for (int c = 0; c < ColumnShare::kColumns; ++c) {
-      const Scale scale = scale_from_amax(max_over_column(amax[c]));
-      inverse.at[c] = scale.inverse;
-      if (share.row < rows.rows) {
-        store(column_out + c * rows.expert_rows, quantize(values[c], scale.multiply));
-      }
-    }
-    if (share.row == 0) store(out_scale_inv + blockIdx.y * cols + first_column + share.column, inverse);
+  loader.begin(tiles[first_tile % 2], first_tile);
+  for (int tile = first_tile; tile < end_tile; ++tile) {
+    __pipeline_wait_prior(0);
+    __syncthreads();  // all have loaded this tile, and turned the one before
+    if (tile + 1 < end_tile) loader.begin(tiles[(tile + 1) % 2], tile + 1);
+    writer.put(tiles[tile % 2], tile * kBlock);
   }
 }
 
@@ -118,8 +100,9 @@ Status requantize_columns(const RequantizeColumns& launch) {
   const int per_block = tiles_per_block(column_tiles, row_tiles);
   const dim3 grid(static_cast<unsigned int>((column_tiles + per_block - 1) / per_block),
                   static_cast<unsigned int>(row_tiles));
-  requantize_tiles<<<grid, kThreads, 0, launch.stream>>>(launch.data, launch.scale_inv, cols, per_block,
-                                                         launch.experts, launch.out, launch.out_scale_inv);
+  const ColumnOutput out{launch.out, launch.out_scale_inv, cols};
+  requantize_tiles<<<grid, kThreads, 0, launch.stream>>>(launch.data, launch.scale_inv, per_block,
+                                                         launch.experts, out);
   return Status::from_cuda(cudaGetLastError(), "launching requantize_columns");
 }
 
