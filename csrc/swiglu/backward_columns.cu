@@ -39,17 +39,35 @@ struct Inputs {
   }
 };
 
-// A 1x128 block of a gradient: quantised by the lanes that share it, into the matrix and into the tile in
-// shared memory. All lanes of a warp call it.
+// Of two 1x128 blocks that the same lanes have: half of the lanes work on each. `inverse` is that of the
+// lane's.
+struct TwoScales {
+  float multiply[2];
+  float inverse;
+};
+
 template <typename T>
-__device__ __forceinline__ void put_row(const float (&values)[Walk<T>::kElements], bool is_first_lane,
-                                        uint8_t* data, float* scale_inv, uint8_t* tile_data,
-                                        float* tile_scale_inv) {
-  const fp8::Scale scale = scale_of_block<T>(values);
-  const auto bytes = fp8::quantize(values, scale.multiply);
-  store(data, bytes);
-  store(tile_data, bytes);
-  if (is_first_lane) *scale_inv = *tile_scale_inv = scale.inverse;
+__device__ __forceinline__ bool has_second() {
+  return threadIdx.x % Walk<T>::kLanesPerBlock >= Walk<T>::kLanesPerBlock / 2;
+}
+
+template <typename T>
+__device__ __forceinline__ TwoScales scales_of_blocks(const float (&first)[Walk<T>::kElements],
+                                                      const float (&second)[Walk<T>::kElements]) {
+  constexpr unsigned int kAllLanes = 0xFFFFFFFFu;
+  constexpr int kHalf = Walk<T>::kLanesPerBlock / 2;
+  float amax[2] = {};
+#pragma unroll
+  for (int i = 0; i < Walk<T>::kElements; ++i) {
+    amax[0] = fmaxf(amax[0], fabsf(first[i]));
+    amax[1] = fmaxf(amax[1], fabsf(second[i]));
+  }
+  const bool second_is_own = has_second<T>();
+  const float given = second_is_own ? amax[0] : amax[1];
+  const float own = fmaxf(second_is_own ? amax[1] : amax[0], __shfl_xor_sync(kAllLanes, given, kHalf));
+  const fp8::Scale scale = fp8::scale_from_amax(max_over_lanes<kHalf>(own));
+  const float other = __shfl_xor_sync(kAllLanes, scale.multiply, kHalf);
+  return {{second_is_own ? other : scale.multiply, second_is_own ? scale.multiply : other}, scale.inverse};
 }
 
 // Differentiates tiles of 128 rows of an expert by 128 columns, quantises the rows of the two gradients, and
@@ -97,7 +115,6 @@ __global__ void __cluster_dims__(kClasses, 1, 1) __launch_bounds__(kThreads, 2)
     const bool weighted = weights != nullptr && static_cast<int>(threadIdx.x) < rows.rows;
     row_weights[threadIdx.x] = weighted ? weights[rows.first + threadIdx.x] : 1.0f;
   }
-#pragma unroll 1
   for (int step = 0; step < kSteps; ++step) {
     sums[step][threadIdx.x] = 0.0f;
     for (fp8::QuantizedTile& tile : tiles) {
@@ -108,31 +125,40 @@ __global__ void __cluster_dims__(kClasses, 1, 1) __launch_bounds__(kThreads, 2)
   }
 
   const fp8::ColumnWriter writer(columns, rows, blockIdx.y);
+  uint8_t* const tile_bytes = tiles[0].bytes.at(own_row, own_column);
+  float* const tile_scale_inv = &tiles[has_second<T>()].scale_inv.of(own_row);
+  const bool writes_scale = own_column % (kBlock / 2) == 0;
   for (int tile = 0; tile < num_tiles; ++tile) {
     const int column = tile * kClasses * kBlock;  // behind the first
     uint8_t* to = data + own_first + column;
-    float* to_scale_inv = scale_inv + (own_first + column) / kBlock;
+    float* to_scale_inv = scale_inv + (own_first + column + (has_second<T>() ? width : 0)) / kBlock;
     __syncthreads();  // the tiles before have been turned
     if (has_rows) {
 #pragma unroll 1
       for (int begin = 0; begin < kSteps; begin += kAhead) {
         const bool is_last = begin + kAhead == kSteps;  // of this tile: next are rows of the next one
-        gates += is_last ? kClasses * kBlock - (kSteps - kAhead) * step_of_rows : kAhead * step_of_rows;
-        grads += is_last ? kClasses * kBlock - (kSteps - kAhead) * (step_of_rows / 2)
-                         : kAhead * (step_of_rows / 2);
+        const int64_t further = is_last ? -(kSteps - kAhead) * step_of_rows : kAhead * step_of_rows;
+        gates += further + (is_last ? kClasses * kBlock : 0);
+        grads += further / 2 + (is_last ? kClasses * kBlock : 0);
         const bool has_next = !is_last || tile + 1 < num_tiles;
 #pragma unroll
         for (int i = 0; i < kAhead; ++i) {
-          const int row = own_row + (begin + i) * kRowsPerStep;
+          const int row = (begin + i) * kRowsPerStep;  // behind the own one
           float& sum = sums[begin + i][threadIdx.x];
           float of_gate[kElements], of_up[kElements];
           sum = differentiate(inputs[i].elements(inputs[i].gate), inputs[i].elements(inputs[i].up),
-                              inputs[i].elements(inputs[i].grad), row_weights[row], sum, of_gate, of_up);
+                              inputs[i].elements(inputs[i].grad), row_weights[own_row + row], sum, of_gate,
+                              of_up);
           if (has_next) inputs[i].load(gates + i * step_of_rows, grads + i * (step_of_rows / 2), width);
-          put_row<T>(of_gate, own_column == 0, to, to_scale_inv, tiles[0].bytes.at(row, own_column),
-                     &tiles[0].scale_inv.of(row));
-          put_row<T>(of_up, own_column == 0, to + width, to_scale_inv + width / kBlock,
-                     tiles[1].bytes.at(row, own_column), &tiles[1].scale_inv.of(row));
+
+          const TwoScales scales = scales_of_blocks<T>(of_gate, of_up);
+          const auto gate_bytes = fp8::quantize(of_gate, scales.multiply[0]);
+          const auto up_bytes = fp8::quantize(of_up, scales.multiply[1]);
+          store(to, gate_bytes);
+          store(to + width, up_bytes);
+          store(tile_bytes + row * kBlock, gate_bytes);
+          store(tile_bytes + row * kBlock + sizeof(tiles[0]), up_bytes);
+          if (writes_scale) *to_scale_inv = tile_scale_inv[row] = scales.inverse;
           to += step_of_rows;
           to_scale_inv += step_of_rows / kBlock;
         }
