@@ -11,48 +11,52 @@
 namespace moe_ep::fp8 {
 namespace {
 
-constexpr int kMostTiles = 8;  // of a thread block
+constexpr int kMostTiles = 8;          // of a thread block
+constexpr int kMostColumns = 1 << 24;  // 128 rows have less than 2^32 bytes
 
 // Brings tiles of some rows into shared memory, one 16-byte unit after the other, while other threads
-// compute. A thread has the same units of every tile.
+// compute. A thread has the same units of every tile. Below the last row it comes again, which no column's
+// largest magnitude notices.
 class TileLoader {
  public:
   __device__ __forceinline__ TileLoader(const uint8_t* data, const float* scale_inv, int64_t cols,
-                                        const RowTile& rows)
-      : row_(static_cast<int>(threadIdx.x) / ByteTile::kUnits),
-        column_(static_cast<int>(threadIdx.x) % ByteTile::kUnits * ByteTile::kUnit),
-        rows_(rows.rows),
-        stride_(kRowsApart * cols),
-        from_(data + (rows.first + row_) * cols + column_),
-        scale_inv_(scale_inv + (rows.first + threadIdx.x) * (cols / kBlock)) {}
+                                        const RowTile& rows, int first_tile)
+      : from_(data + rows.first * cols + first_tile * kBlock + column()) {
+    const int last = rows.rows - 1;
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) offsets_[i] = static_cast<unsigned int>(min(row(i), last) * cols);
+    const int scale_row = min(static_cast<int>(threadIdx.x % kBlock), last);
+    scale_from_ = scale_inv + (rows.first + scale_row) * (cols / kBlock) + first_tile;
+  }
 
-  // Begins to; rows past the end become zeros.
-  __device__ __forceinline__ void begin(QuantizedTile& tile, int column_tile) const {
+  // Begins with the next tile.
+  __device__ __forceinline__ void begin(QuantizedTile& tile) {
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
-      const int row = row_ + i * kRowsApart;
-      const size_t missing = row < rows_ ? 0 : ByteTile::kUnit;
-      __pipeline_memcpy_async(tile.bytes.at(row, column_), from_ + i * stride_ + column_tile * kBlock,
-                              ByteTile::kUnit, missing);
+      __pipeline_memcpy_async(tile.bytes.at(row(i), column()), from_ + offsets_[i], ByteTile::kUnit);
     }
     if (threadIdx.x < kBlock) {
-      const size_t missing = static_cast<int>(threadIdx.x) < rows_ ? 0 : sizeof(float);
-      __pipeline_memcpy_async(&tile.scale_inv.of(threadIdx.x), scale_inv_ + column_tile, sizeof(float),
-                              missing);
+      __pipeline_memcpy_async(&tile.scale_inv.of(threadIdx.x), scale_from_, sizeof(float));
     }
     __pipeline_commit();
+    from_ += kBlock;
+    ++scale_from_;
   }
 
  private:
   static constexpr int kRowsApart = kThreads / ByteTile::kUnits;
   static constexpr int kLoads = kBlock / kRowsApart;
 
-  int row_;
-  int column_;
-  int rows_;
-  int64_t stride_;
+  static __device__ __forceinline__ int row(int i) {
+    return static_cast<int>(threadIdx.x / ByteTile::kUnits) + i * kRowsApart;
+  }
+  static __device__ __forceinline__ int column() {
+    return static_cast<int>(threadIdx.x % ByteTile::kUnits) * ByteTile::kUnit;
+  }
+
   const uint8_t* from_;
-  const float* scale_inv_;
+  unsigned int offsets_[kLoads];
+  const float* scale_from_;
 };
 
 // Bound by HBM: 2 bytes moved per element. A thread block turns tiles of 128 rows by 128 columns, side by
@@ -66,14 +70,14 @@ __global__ void __launch_bounds__(kThreads, 3)
   const int column_tiles = static_cast<int>(out.cols / kBlock);
   const int first_tile = static_cast<int>(blockIdx.x) * tiles_per_block;
   const int end_tile = min(first_tile + tiles_per_block, column_tiles);
-  const TileLoader loader(data, scale_inv, out.cols, rows);
+  TileLoader loader(data, scale_inv, out.cols, rows, first_tile);
   const ColumnWriter writer(out, rows, blockIdx.y);
 
-  loader.begin(tiles[first_tile % 2], first_tile);
+  loader.begin(tiles[first_tile % 2]);
   for (int tile = first_tile; tile < end_tile; ++tile) {
     __pipeline_wait_prior(0);
     __syncthreads();  // all have loaded this tile, and turned the one before
-    if (tile + 1 < end_tile) loader.begin(tiles[(tile + 1) % 2], tile + 1);
+    if (tile + 1 < end_tile) loader.begin(tiles[(tile + 1) % 2]);
     writer.put(tiles[tile % 2], tile * kBlock);
   }
 }
@@ -96,6 +100,10 @@ Status requantize_columns(const RequantizeColumns& launch) {
   if (!status.is_ok() || rows == 0 || cols == 0) return status;
   const Status tiled = check_tiles("requantize_columns", launch.experts, cols, {launch.data, launch.out});
   if (!tiled.is_ok()) return tiled;
+  if (cols > kMostColumns) {
+    return Status::invalid("requantize_columns: cols must be at most %d, got %lld", kMostColumns,
+                           static_cast<long long>(cols));
+  }
   const int64_t column_tiles = cols / kBlock, row_tiles = launch.experts.max_tiles();
   const int per_block = tiles_per_block(column_tiles, row_tiles);
   const dim3 grid(static_cast<unsigned int>((column_tiles + per_block - 1) / per_block),

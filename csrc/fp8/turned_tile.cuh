@@ -39,7 +39,7 @@ class ColumnWriter {
   __device__ __forceinline__ ColumnWriter(const ColumnOutput& out, const RowTile& rows, int64_t number)
       : to_(out.data + rows.expert_first * out.cols + (rows.first - rows.expert_first) + share_.row),
         scale_inv_(out.scale_inv + number * out.cols + share_.column),
-        column_bytes_(static_cast<int>(rows.expert_rows)),
+        column_bytes_(static_cast<unsigned int>(rows.expert_rows)),
         is_inside_(share_.row < rows.rows) {}
 
   // The tile's 128 x 128 values turned, and quantised again in blocks of 128 rows of one column.
@@ -52,7 +52,8 @@ class ColumnWriter {
     unsigned int quads[ColumnShare::kRows];
 #pragma unroll
     for (int i = 0; i < ColumnShare::kRows; ++i) quads[i] = words[i * (kBlock / 4)];
-    uint8_t* to = to_ + static_cast<int64_t>(first_column + share_.column) * column_bytes_;
+    const auto column = static_cast<unsigned int>(first_column + share_.column);
+    uint8_t* to = to_ + static_cast<uint64_t>(column) * column_bytes_;
 #pragma unroll
     for (int pair = 0; pair < ColumnShare::kColumns / 2; ++pair) {
       float values[2][ColumnShare::kRows];
@@ -81,7 +82,7 @@ class ColumnWriter {
   ColumnShare share_;
   uint8_t* to_;  // the thread's rows of the expert's first column
   float* scale_inv_;
-  int column_bytes_;
+  unsigned int column_bytes_;
   bool is_inside_;  // counts are multiples of 16: all of its rows, or none
 };
 
