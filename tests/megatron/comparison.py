@@ -53,4 +53,4 @@ def assert_as_near(
         assert error <= 1.25 * allowed + 2**-10, (
             f"{name} is off by {error:.2e} of float32's, stock's by {allowed:.2e}"
         )
-        assert allowed < 0.1, f"stock's {name} is off by {allowed:.2e} of float32's: that is no measure"
+        assert allowed < 0.5, f"stock's {name} is off by {allowed:.2e} of float32's: that is no measure"
