@@ -106,10 +106,11 @@ def launch_forward(
     """The kernel, for contiguous tensors: into ``out``, or quantised into ``data`` and ``scale_inv``."""
     kernels = _extension.load()
     num_rows, width = gate_up_NG.shape
+    weights_N = None if weights_N is None else weights_N.contiguous()
     with torch.cuda.device(gate_up_NG.device):
         kernels.swiglu(
             gate_up=gate_up_NG.data_ptr(),
-            weights=_address(None if weights_N is None else weights_N.contiguous()),
+            weights=_address(weights_N),
             dtype=getattr(kernels.DType, KERNEL_DTYPES[gate_up_NG.dtype]),
             rows=num_rows,
             width=width // 2,
@@ -132,11 +133,12 @@ def launch_backward(
     """The kernel, likewise; returns the gradient of the weights."""
     kernels = _extension.load()
     num_rows, width = gate_up_NG.shape
+    weights_N = None if weights_N is None else weights_N.contiguous()
     grad_weights_N = None if weights_N is None else torch.empty_like(weights_N)
     with torch.cuda.device(gate_up_NG.device):
         kernels.swiglu_backward(
             gate_up=gate_up_NG.data_ptr(),
-            weights=_address(None if weights_N is None else weights_N.contiguous()),
+            weights=_address(weights_N),
             grad_out=grad_NF.data_ptr(),
             dtype=getattr(kernels.DType, KERNEL_DTYPES[gate_up_NG.dtype]),
             rows=num_rows,

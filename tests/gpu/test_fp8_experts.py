@@ -295,10 +295,10 @@ def milliseconds(fn, repeats=10):
     return statistics.median(times)
 
 
-def layer_splits():
+def layer_splits(alignment=16):
     torch.manual_seed(0)
     shares = torch.rand(LAYER["num_local_experts"]) * 0.2 + 0.9
-    splits = (shares / shares.sum() * LAYER_ROWS / 16).long() * 16
+    splits = (shares / shares.sum() * LAYER_ROWS / alignment).long() * alignment
     splits[0] += LAYER_ROWS - splits.sum()
     return splits.tolist()
 
@@ -306,6 +306,34 @@ def layer_splits():
 def report(name, ms, *, flops=0, moved=0):
     rate = f"{flops / ms / 1e9:8.0f} TFLOP/s" if flops else f"{moved / ms / 1e6:8.0f} GB/s"
     print(f"{name:34} {ms * 1e3:8.1f} us {rate}")
+
+
+@pytest.mark.parametrize("alignment", [16, 32, 64, 128])
+def test_times_of_columns(alignment):
+    """Of experts' rows in multiples of ``alignment``: columns of any other rows begin between two cache lines."""
+    groups, hidden, ffn = groups_of(layer_splits(alignment)), LAYER["hidden"], LAYER["ffn_hidden"]
+    tokens, narrow = tokens_of(LAYER_ROWS, hidden), tokens_of(LAYER_ROWS, 2 * ffn)
+    gate_up = torch.randn(LAYER_ROWS, 2 * ffn, device="cuda", dtype=torch.bfloat16)
+    grad = torch.randn(LAYER_ROWS, ffn, device="cuda", dtype=torch.bfloat16)
+    weights = torch.rand(LAYER_ROWS, device="cuda")
+    gradient = gate_up.nbytes + grad.nbytes + gate_up.numel()
+    pieces = {
+        "of a gradient": (lambda: fp8_quantize.requantize_columns(tokens, groups), 2 * tokens.data.nbytes),
+        "of x in tiles": (lambda: fp8_quantize.requantize_tiles(tokens, groups), 2 * tokens.data.nbytes),
+        "of gate and up": (lambda: fp8_quantize.requantize_columns(narrow, groups), 2 * narrow.data.nbytes),
+        "with the rows, 2 kernels": (
+            lambda: swiglu_gradient_by_two_kernels(gate_up, weights, grad, groups),
+            gradient + 2 * gate_up.numel(),
+        ),
+        "with the rows, at once": (
+            lambda: fp8_quantize.quantize_swiglu_gradient_and_columns(gate_up, weights, grad, groups),
+            gradient + gate_up.numel(),
+        ),
+    }
+    for name, (fn, moved) in pieces.items():
+        ms = milliseconds(fn)
+        report(f"columns {name}, {alignment}", ms, moved=moved)
+        assert ms < 5.0, name
 
 
 def test_times_of_quantisation():
@@ -318,14 +346,6 @@ def test_times_of_quantisation():
     target = torch.empty_like(gate_up)
     report("copy", milliseconds(lambda: target.copy_(gate_up)), moved=2 * gate_up.nbytes)
     pieces = {
-        "columns of a gradient": (
-            lambda: fp8_quantize.requantize_columns(tokens, groups),
-            2 * tokens.data.nbytes,
-        ),
-        "columns of x in tiles": (
-            lambda: fp8_quantize.requantize_tiles(tokens, groups),
-            2 * tokens.data.nbytes,
-        ),
         "scales by expert": (
             lambda: fp8_quantize.transpose_scales(tokens.scale_inv, groups),
             2 * tokens.scale_inv.nbytes,
@@ -347,14 +367,6 @@ def test_times_of_quantisation():
         "swiglu backward to FP8": (
             lambda: fp8_quantize.quantize_swiglu_gradient(gate_up, weights, grad),
             gate_up.nbytes + grad.nbytes + gate_up.numel(),
-        ),
-        "swiglu backward to FP8, columns": (
-            lambda: swiglu_gradient_by_two_kernels(gate_up, weights, grad, groups),
-            gate_up.nbytes + grad.nbytes + 3 * gate_up.numel(),
-        ),
-        "swiglu backward to both at once": (
-            lambda: fp8_quantize.quantize_swiglu_gradient_and_columns(gate_up, weights, grad, groups),
-            gate_up.nbytes + grad.nbytes + 2 * gate_up.numel(),
         ),
         "swiglu backward to bfloat16": (
             lambda: swiglu.launch_backward(gate_up, weights, grad, grad=target),
