@@ -14,7 +14,7 @@ from moe_ep import Fp8Tokens
 from moe_ep.fp8 import BLOCK
 
 from . import transformer_engine
-from .fp8_quantize import Fp8Columns, Fp8ColumnTiles, Fp8Weight, transpose_scales
+from .fp8_quantize import Fp8Columns, Fp8ColumnTiles, Fp8Weight, padded_splits, transpose_scales
 from .grouped_matmul import matmul_by_expert
 from .row_groups import RowGroups
 
@@ -41,9 +41,9 @@ def columns_by_columns(
     """``out[e] = grad of e.T @ rows of e``: columns of ``[N, O]`` and ``[N, I]`` -> ``[L, O, I]``."""
     out_features, in_features = grad.num_columns, rows.num_columns
     if _runs_on_transformer_engine(grad.data.device, dtype, groups, out_features, in_features):
-        return transformer_engine.columns_by_columns(
-            grad.data, grad.scale_inv, rows.data, rows.scale_inv, in_features, groups.splits, dtype
-        )
+        # Zeros behind an expert's rows are multiplied, too, which takes no time: matrix units take 128 rows at once.
+        operands = grad.data, grad.scale_inv, rows.data, rows.scale_inv
+        return transformer_engine.columns_by_columns(*operands, in_features, padded_splits(groups), dtype)
     out_LOI = grad.scale_inv.new_zeros(len(groups.splits), out_features, in_features, dtype=dtype)
     pairs = zip(grad.dequantize(groups, dtype), rows.dequantize(groups, dtype), strict=True)
     for e, (grad_OM, rows_IM) in enumerate(pairs):

@@ -38,8 +38,9 @@ COLUMN_ALIGNMENT = 16
 class Fp8Columns:
     """Columns of each expert's rows, in blocks of 128 rows.
 
-    - ``data``: float8_e4m3fn ``[N * C]``: for each expert a matrix ``[C, rows of the expert]``, one after the other
-    - ``scale_inv``: float32 ``[B, C]``: for each expert ``ceil(rows / 128)`` rows
+    - ``data``: float8_e4m3fn: for each expert a matrix ``[C, M rounded up to a multiple of 128]``, one after the other;
+      behind its M rows are zeros
+    - ``scale_inv``: float32 ``[B, C]``: for each expert ``ceil(M / 128)`` rows
     """
 
     data: torch.Tensor
@@ -52,10 +53,9 @@ class Fp8Columns:
     def by_expert(self, groups: RowGroups) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """``data [C, M]`` and ``scale_inv [ceil(M / 128), C]`` of each expert's M rows, views."""
         block = 0
-        for start, end in groups.segments:
-            first, block = block, block + -(-(end - start) // BLOCK)
-            data = self.data[start * self.num_columns : end * self.num_columns]
-            yield data.view(self.num_columns, end - start), self.scale_inv[first:block]
+        for data in _data_by_expert(self.data, self.num_columns, groups):
+            first, block = block, block + -(-data.shape[1] // BLOCK)
+            yield data, self.scale_inv[first:block]
 
     def dequantize(self, groups: RowGroups, dtype: torch.dtype) -> Iterator[torch.Tensor]:
         """``[C, M]`` for each expert."""
@@ -68,7 +68,7 @@ class Fp8Columns:
 class Fp8ColumnTiles:
     """Columns of each expert's rows, in tiles of 128 rows and 128 columns.
 
-    - ``data``: float8_e4m3fn ``[N * C]``, as in `Fp8Columns`
+    - ``data``: as in `Fp8Columns`
     - ``scale_inv``: float32, for each expert a matrix ``[ceil(C / 128), W]``, one after the other: W tiles of its rows,
       rounded up to a multiple of 4, as cuBLASLt wants it; what that adds counts for nothing
     """
@@ -80,12 +80,11 @@ class Fp8ColumnTiles:
     def by_expert(self, groups: RowGroups) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """``data [C, M]`` and ``scale_inv [ceil(C / 128), ceil(M / 128)]`` of each expert's M rows, views."""
         height, first = -(-self.num_columns // BLOCK), 0
-        for start, end in groups.segments:
-            width = _tiles_width(end - start)
+        for data in _data_by_expert(self.data, self.num_columns, groups):
+            width = _tiles_width(data.shape[1])
             scale_inv = self.scale_inv[first : first + height * width].view(height, width)
             first += height * width
-            data = self.data[start * self.num_columns : end * self.num_columns]
-            yield data.view(self.num_columns, end - start), scale_inv[:, : -(-(end - start) // BLOCK)]
+            yield data, scale_inv[:, : -(-data.shape[1] // BLOCK)]
 
     def dequantize(self, groups: RowGroups, dtype: torch.dtype) -> Iterator[torch.Tensor]:
         """``[C, M]`` for each expert."""
@@ -96,6 +95,23 @@ class Fp8ColumnTiles:
 
 def _tiles_width(num_rows: int) -> int:
     return -(-num_rows // (4 * BLOCK)) * 4
+
+
+def padded_splits(groups: RowGroups) -> list[int]:
+    """Rows of each expert in the data of columns, zeros included."""
+    return [-(-size // BLOCK) * BLOCK for size in groups.splits]
+
+
+def _data_by_expert(data: torch.Tensor, num_columns: int, groups: RowGroups) -> Iterator[torch.Tensor]:
+    padded = padded_splits(groups)
+    parts = data.split([num_columns * size for size in padded])
+    for part, size, used in zip(parts, padded, groups.splits, strict=True):
+        yield part.view(num_columns, size)[:, :used]
+
+
+def _pad_columns(columns_CM: torch.Tensor) -> torch.Tensor:
+    padding = -columns_CM.shape[1] % BLOCK
+    return F.pad(columns_CM.view(torch.uint8), (0, padding)).view(torch.float8_e4m3fn).flatten()
 
 
 @dataclass(frozen=True)
@@ -120,7 +136,7 @@ def requantize_columns(tokens: Fp8Tokens, groups: RowGroups) -> Fp8Columns:
     kernels = _kernels(tokens.data, tokens.shape[1])
     if kernels is None or any(size % COLUMN_ALIGNMENT for size in groups.splits):
         return requantize_columns_torch(tokens, groups)
-    columns = _empty_columns(*tokens.shape, groups, tokens.device)
+    columns = _empty_columns(tokens.shape[1], groups, tokens.device)
     with torch.cuda.device(tokens.device):
         kernels.requantize_columns(
             data=tokens.data.data_ptr(),
@@ -141,10 +157,8 @@ def requantize_columns_torch(tokens: Fp8Tokens, groups: RowGroups) -> Fp8Columns
     data, scale_inv = [], []
     for start, end in groups.segments:
         columns, scales = fp8.quantize_torch(wide[start:end].t())
-        data.append(columns.flatten())
+        data.append(_pad_columns(columns))
         scale_inv.append(scales.t())
-    rest = wide.shape[0] - groups.segments[-1][1]
-    data.append(tokens.data.new_empty(rest * wide.shape[1]))
     return Fp8Columns(torch.cat(data), torch.cat(scale_inv).contiguous())
 
 
@@ -159,7 +173,7 @@ def requantize_tiles(tokens: Fp8Tokens, groups: RowGroups) -> Fp8ColumnTiles:
     num_rows, num_columns = tokens.shape
     device = tokens.device
     num_scales = num_columns // BLOCK * sum(map(_tiles_width, groups.splits))
-    data = torch.empty(num_rows * num_columns, dtype=torch.float8_e4m3fn, device=device)
+    data = torch.empty(sum(padded_splits(groups)) * num_columns, dtype=torch.float8_e4m3fn, device=device)
     scale_inv = torch.empty(num_scales, dtype=torch.float32, device=device)
     with torch.cuda.device(device):
         kernels.requantize_tiles(
@@ -191,10 +205,8 @@ def requantize_tiles_torch(tokens: Fp8Tokens, groups: RowGroups) -> Fp8ColumnTil
         factors = scales * largest.reciprocal().unsqueeze(1)
         scaled = (tiles * factors.unsqueeze(-1)).view(width * BLOCK, height * BLOCK)
         columns = scaled[: end - start, :num_columns].t().contiguous()
-        data.append(columns.to(torch.float8_e4m3fn).flatten())
+        data.append(_pad_columns(columns.to(torch.float8_e4m3fn)))
         scale_inv.append(F.pad(largest.t(), (0, _tiles_width(end - start) - width)).flatten())
-    rest = tokens.shape[0] - groups.segments[-1][1]
-    data.append(tokens.data.new_empty(rest * num_columns))
     return Fp8ColumnTiles(torch.cat(data), torch.cat(scale_inv), num_columns)
 
 
@@ -303,7 +315,7 @@ def quantize_swiglu_gradient_and_columns(
         return grad, None, grad_weights_N
     num_rows, num_columns = gate_up_NG.shape
     data, scale_inv = _empty_tokens(num_rows, num_columns, gate_up_NG.device)
-    columns = _empty_columns(num_rows, num_columns, groups, gate_up_NG.device)
+    columns = _empty_columns(num_columns, groups, gate_up_NG.device)
     weights_N = None if weights_N is None else weights_N.contiguous()
     grad_weights_N = None if weights_N is None else torch.empty_like(weights_N)
     with torch.cuda.device(gate_up_NG.device):
@@ -337,10 +349,10 @@ def _empty_tokens(num_rows: int, num_columns: int, device: torch.device) -> tupl
     return data, torch.empty(num_rows, num_columns // BLOCK, dtype=torch.float32, device=device)
 
 
-def _empty_columns(num_rows: int, num_columns: int, groups: RowGroups, device: torch.device) -> Fp8Columns:
-    num_blocks = sum(-(-size // BLOCK) for size in groups.splits)
+def _empty_columns(num_columns: int, groups: RowGroups, device: torch.device) -> Fp8Columns:
+    num_rows = sum(padded_splits(groups))
     data = torch.empty(num_rows * num_columns, dtype=torch.float8_e4m3fn, device=device)
-    return Fp8Columns(data, torch.empty(num_blocks, num_columns, dtype=torch.float32, device=device))
+    return Fp8Columns(data, torch.empty(num_rows // BLOCK, num_columns, dtype=torch.float32, device=device))
 
 
 def _empty_weight(num_matrices: int, num_rows: int, num_columns: int, device: torch.device) -> Fp8Weight:

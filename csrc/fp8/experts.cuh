@@ -16,6 +16,21 @@ struct RowTile {
   int expert;
 };
 
+// Where a tile's columns begin among those of all experts: for each expert a matrix [cols, rows rounded up to
+// 128], one after the other, with zeros behind its rows. So the columns of a tile are whole cache lines,
+// whatever the number of rows; lines that two tiles share would take half as long again.
+struct ColumnPlace {
+  int64_t offset;  // of the first column
+  int64_t stride;  // from a column to the next
+};
+
+// `number` is that of the tile.
+__device__ __forceinline__ ColumnPlace place_of_columns(const RowTile& tile, int64_t number, int64_t cols) {
+  const int64_t row = tile.first - tile.expert_first;
+  const int64_t stride = (tile.expert_rows + kBlock - 1) / kBlock * kBlock;
+  return {(number - row / kBlock) * kBlock * cols + row, stride};
+}
+
 // Tile number `tile`, counted expert by expert. Every lane of a warp calls it and gets the answer.
 __device__ __forceinline__ RowTile find_tile(const Experts& experts, int64_t tile) {
   constexpr unsigned int kAllLanes = 0xFFFFFFFFu;

@@ -17,8 +17,9 @@ struct RequantizeColumns {
   const float* scale_inv;  // [rows, cols / 128]
   int64_t cols;            // >= 0, a multiple of 128
   Experts experts;         // NOTE: counts must be multiples of 16
-  uint8_t* out;  // [rows * cols], 16-byte aligned: expert by expert, a matrix [cols, rows of the expert]
-  float* out_scale_inv;  // [tiles, cols]: a row for each 128 rows of an expert, expert by expert
+  // Both expert by expert, of the tiles of up to 128 rows that an expert has:
+  uint8_t* out;          // matrices [cols, 128 * tiles], 16-byte aligned; zeros behind the expert's rows
+  float* out_scale_inv;  // matrices [tiles, cols]
   cudaStream_t stream;
 };
 

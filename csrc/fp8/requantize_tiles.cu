@@ -106,8 +106,8 @@ __global__ void __launch_bounds__(kThreads, 4)
   const int64_t scale_width = padded_tiles(rows.expert_rows);
   float* const scale_out = out_scale_inv + padded_tiles_before(experts, rows.expert) * column_tiles +
                            (rows.first - rows.expert_first) / kBlock;
-  uint8_t* rows_out = out + rows.expert_first * cols + (rows.first - rows.expert_first) +
-                      static_cast<int64_t>(first_tile) * kBlock * rows.expert_rows;
+  const ColumnPlace place = place_of_columns(rows, blockIdx.y, cols);
+  uint8_t* rows_out = out + place.offset + static_cast<int64_t>(first_tile) * kBlock * place.stride;
   const ColumnShare share;
 
   Source source(data, scale_inv, cols, rows, first_tile);
@@ -138,8 +138,8 @@ __global__ void __launch_bounds__(kThreads, 4)
     __syncthreads();
     if (column_tile + 1 < end_tile) source.load(loaded);
     if (threadIdx.x == 0) scale_out[column_tile * scale_width] = largest;
-    if (share.row < rows.rows) store_turned(tile, share, rows_out, rows.expert_rows);
-    rows_out += kBlock * rows.expert_rows;
+    store_turned(tile, share, rows_out, place.stride);
+    rows_out += kBlock * place.stride;
   }
 }
 

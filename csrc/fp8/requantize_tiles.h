@@ -18,7 +18,7 @@ struct RequantizeTiles {
   const float* scale_inv;  // [rows, cols / 128]
   int64_t cols;            // >= 0, a multiple of 128
   Experts experts;         // NOTE: counts must be multiples of 16
-  uint8_t* out;  // [rows * cols], 16-byte aligned: expert by expert, a matrix [cols, rows of the expert]
+  uint8_t* out;            // as in RequantizeColumns
   // Expert by expert, a matrix [cols / 128, W]: W tiles of the expert's rows, rounded up to a multiple of 4.
   // What that adds is not written.
   float* out_scale_inv;

@@ -37,10 +37,11 @@ class ColumnWriter {
  public:
   // `number` is that of `rows`.
   __device__ __forceinline__ ColumnWriter(const ColumnOutput& out, const RowTile& rows, int64_t number)
-      : to_(out.data + rows.expert_first * out.cols + (rows.first - rows.expert_first) + share_.row),
-        scale_inv_(out.scale_inv + number * out.cols + share_.column),
-        column_bytes_(static_cast<unsigned int>(rows.expert_rows)),
-        is_inside_(share_.row < rows.rows) {}
+      : scale_inv_(out.scale_inv + number * out.cols + share_.column), has_rows_(share_.row < rows.rows) {
+    const ColumnPlace place = place_of_columns(rows, number, out.cols);
+    to_ = out.data + place.offset + share_.row;
+    column_bytes_ = static_cast<unsigned int>(place.stride);
+  }
 
   // The tile's 128 x 128 values turned, and quantised again in blocks of 128 rows of one column.
   //
@@ -71,7 +72,7 @@ class ColumnWriter {
       for (int c = 0; c < 2; ++c) {
         const Scale scale = scale_from_amax(max_over_column(amax[c]));
         inverse.at[c] = scale.inverse;
-        if (is_inside_) store(to, quantize(values[c], scale.multiply));
+        store(to, has_rows_ ? quantize(values[c], scale.multiply) : Vector<uint8_t, ColumnShare::kRows>{});
         to += column_bytes_;
       }
       if (share_.row == 0) store(scale_inv_ + first_column + 2 * pair, inverse);
@@ -83,7 +84,7 @@ class ColumnWriter {
   uint8_t* to_;  // the thread's rows of the expert's first column
   float* scale_inv_;
   unsigned int column_bytes_;
-  bool is_inside_;  // counts are multiples of 16: all of its rows, or none
+  bool has_rows_;  // counts are multiples of 16: all of a thread's rows, or none
 };
 
 }  // namespace moe_ep::fp8

@@ -47,11 +47,10 @@ def assert_same_bytes(got, wanted):
 def test_columns_equal_the_formulas(splits, extra, hidden):
     groups = groups_of(splits, extra)
     tokens = tokens_of(groups.num_rows, hidden)
-    got = fp8_quantize.requantize_columns(tokens, groups)
-    wanted = fp8_quantize.requantize_columns_torch(tokens, groups)
-    used = sum(splits) * hidden
-    assert torch.equal(got.data[:used].view(torch.uint8), wanted.data[:used].view(torch.uint8))
-    assert torch.equal(got.scale_inv, wanted.scale_inv)
+    assert_same_bytes(
+        fp8_quantize.requantize_columns(tokens, groups),
+        fp8_quantize.requantize_columns_torch(tokens, groups),
+    )
 
 
 def test_columns_of_many_tiles_equal_the_formulas():
@@ -79,6 +78,7 @@ def assert_same_tiles(tokens, groups):
     tokens.data[1] = 0
     got = fp8_quantize.requantize_tiles(tokens, groups)
     wanted = fp8_quantize.requantize_tiles_torch(tokens, groups)
+    assert torch.equal(got.data.view(torch.uint8), wanted.data.view(torch.uint8))
     for ours, formulas in zip(got.by_expert(groups), wanted.by_expert(groups), strict=True):
         assert torch.equal(ours[0].view(torch.uint8), formulas[0].view(torch.uint8))
         assert torch.equal(ours[1], formulas[1])
@@ -308,9 +308,9 @@ def report(name, ms, *, flops=0, moved=0):
     print(f"{name:34} {ms * 1e3:8.1f} us {rate}")
 
 
-@pytest.mark.parametrize("alignment", [16, 32, 64, 128])
+@pytest.mark.parametrize("alignment", [16, 128])
 def test_times_of_columns(alignment):
-    """Of experts' rows in multiples of ``alignment``: columns of any other rows begin between two cache lines."""
+    """Of experts' rows in multiples of ``alignment``, which must not matter: columns are whole cache lines."""
     groups, hidden, ffn = groups_of(layer_splits(alignment)), LAYER["hidden"], LAYER["ffn_hidden"]
     tokens, narrow = tokens_of(LAYER_ROWS, hidden), tokens_of(LAYER_ROWS, 2 * ffn)
     gate_up = torch.randn(LAYER_ROWS, 2 * ffn, device="cuda", dtype=torch.bfloat16)
