@@ -68,12 +68,17 @@ class GroupedExperts(nn.Module):
         nn.init.normal_(self.w_gate_up, std=self.init_std)
         nn.init.normal_(self.w_down, std=self.init_std)
 
-    def prepare(self) -> None:
-        """What `forward` does first and needs no rows for, here and now: weights in FP8. For a while in which the GPU
-        would have nothing to do, as in ``meanwhile`` of `moe_ep.dispatch`.
+    def prepare_gate_up(self) -> None:
+        """What `forward` does first and needs no rows for, here and now: its first weight in FP8. For a while in which
+        the GPU would have nothing to do, as in ``meanwhile`` of `moe_ep.dispatch`.
         """
         if self.fp8 is not None:
             self.fp8_weights.gate_up.prepare(self.w_gate_up, trained=torch.is_grad_enabled())
+
+    def prepare_down(self) -> None:
+        """The same for the other weight."""
+        if self.fp8 is not None:
+            self.fp8_weights.down.prepare(self.w_down, trained=torch.is_grad_enabled())
 
     def forward(
         self,

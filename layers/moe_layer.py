@@ -76,21 +76,19 @@ class MoELayer(nn.Module):
         """
         if overlap_chunks is None:
             overlap_chunks = self.config.overlap_chunks
+        overlaps = overlap_chunks != 0
+        if not overlaps:  # the GPU has that to do while the host launches the router and the plan
+            self.experts.prepare_gate_up()
         routed = self.router(x)
         x_TH = x.reshape(-1, x.shape[-1])
-
-        def prepare_experts() -> None:
-            if self.config.fp8_experts is not None:
-                self.experts.prepare()
-
-        if overlap_chunks != 0:
+        if overlaps:
             y_TH = run_overlapped(
                 x_TH,
                 routed.topk_idx,
                 routed.topk_weights,
                 dispatcher=self.dispatcher,
                 run_experts=self.run_experts,
-                prepare_experts=prepare_experts,
+                prepare_experts=self.experts.prepare_gate_up,
                 shared=self.shared,
                 num_chunks=overlap_chunks,
             )
@@ -99,7 +97,7 @@ class MoELayer(nn.Module):
 
         def meanwhile() -> None:
             nonlocal shared_TH
-            prepare_experts()
+            self.experts.prepare_down()
             if self.shared is not None:
                 shared_TH = self.shared(x_TH)
 
