@@ -183,7 +183,8 @@ def _expand(
         kernels = _kernels_for_rows(rows_NH, weights_NK, order)
         if kernels is None:
             return _expand_torch(rows_NH, scales_NS, weights_NK, order)
-        rows_NH = _aligned(rows_NH)
+        # In names of their own, so that copies live until the launch.
+        rows_NH, scales_NS, weights_NK = _aligned(rows_NH), _contiguous(scales_NS), _contiguous(weights_NK)
         num_rows = order.num_rows
         rows_MH = rows_NH.new_empty(num_rows, rows_NH.shape[1])
         scales_MS = None if scales_NS is None else scales_NS.new_empty(num_rows, scales_NS.shape[1])
@@ -201,7 +202,7 @@ def _expand(
                 scales=_address(scales_NS),
                 to_scales=_address(scales_MS),
                 num_scales=0 if scales_NS is None else scales_NS.shape[1],
-                weights=_address(None if weights_NK is None else weights_NK.contiguous()),
+                weights=_address(weights_NK),
                 to_weights=_address(weights_M),
                 stream=torch.cuda.current_stream().cuda_stream,
             )
@@ -217,7 +218,7 @@ def _reduce(
         if kernels is None:
             sums_NH = None if rows_MH is None else _sum_by_slot(rows_MH, order.slot_NK)
             return sums_NH, None if weights_M is None else _pick_by_slot(weights_M, order.slot_NK)
-        slot_NK = order.slot_NK
+        slot_NK, weights_M = order.slot_NK, _contiguous(weights_M)
         sums_NH, dtype, row_bytes = None, torch.float32, 0
         if rows_MH is not None:
             rows_MH = _aligned(rows_MH)
@@ -233,7 +234,7 @@ def _reduce(
                 to_rows=_address(sums_NH),
                 dtype=getattr(_extension.load().DType, _KERNEL_DTYPES[dtype]),
                 row_bytes=row_bytes,
-                weights=_address(None if weights_M is None else weights_M.contiguous()),
+                weights=_address(weights_M),
                 to_weights=_address(weights_NK),
                 stream=torch.cuda.current_stream().cuda_stream,
             )
@@ -262,6 +263,10 @@ def _kernels_for_rows(
         if not taken or rows.shape[1] * rows.element_size() % 16:
             return None
     return _extension.load().rank_layout
+
+
+def _contiguous(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    return None if tensor is None else tensor.contiguous()
 
 
 def _aligned(rows: torch.Tensor) -> torch.Tensor:
