@@ -78,7 +78,7 @@ def test_streams(mode):
     def fn(comm):
         step = make_step(comm, mode, "bf16")
         step(one_stream=False)
-        turn.wait()
+        turn.wait(60)
         device = torch.device("cuda", torch.cuda.current_device())
         return comm.stream(device).cuda_stream, torch.cuda.current_stream().cuda_stream
 
