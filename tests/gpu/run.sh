@@ -53,8 +53,10 @@ else
 fi
 gpus=$(python3 -c 'import torch; print(torch.cuda.device_count())')
 if [ "$gpus" -ge 2 ]; then
-  step bench 300 python3 -m moe_ep.cli bench --backend nvlink --nproc "$gpus" \
+  step bench 600 python3 -m moe_ep.cli bench --backend nvlink --nproc "$gpus" --num-tokens 4096,8192 \
     --json "$results/bench.json" --png "$results/bench.png"
+  step bench:low-latency 120 python3 -m moe_ep.cli bench --low-latency --nproc "$gpus" --num-tokens 128 \
+    --json "$results/low-latency.json"
 else
   skip bench "it needs 2 GPUs and there is $gpus"
 fi
