@@ -20,8 +20,8 @@ constexpr int kMostColumns = 1 << 24;  // 128 rows have less than 2^32 bytes
 class TileLoader {
  public:
   __device__ __forceinline__ TileLoader(const uint8_t* data, const float* scale_inv, int64_t cols,
-                                        const RowTile& rows, int first_tile)
-      : from_(data + rows.first * cols + first_tile * kBlock + column()) {
+                                        const RowTile& rows, int first_tile, int tiles_apart)
+      : from_(data + rows.first * cols + first_tile * kBlock + column()), tiles_apart_(tiles_apart) {
     const int last = rows.rows - 1;
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) offsets_[i] = static_cast<unsigned int>(min(row(i), last) * cols);
@@ -39,8 +39,8 @@ class TileLoader {
       __pipeline_memcpy_async(&tile.scale_inv.of(threadIdx.x), scale_from_, sizeof(float));
     }
     __pipeline_commit();
-    from_ += kBlock;
-    ++scale_from_;
+    from_ += tiles_apart_ * kBlock;
+    scale_from_ += tiles_apart_;
   }
 
  private:
@@ -57,36 +57,40 @@ class TileLoader {
   const uint8_t* from_;
   unsigned int offsets_[kLoads];
   const float* scale_from_;
+  int tiles_apart_;
 };
 
-// Bound by HBM: 2 bytes moved per element. A thread block turns tiles of 128 rows by 128 columns, side by
-// side, and loads one while it turns the one before.
+// Bound by HBM: 2 bytes moved per element. A thread block turns tiles of 128 rows by 128 columns, and loads
+// one while it turns the one before. Blocks that run together have neighbouring tiles, and so read
+// neighbouring bytes.
 __global__ void __launch_bounds__(kThreads, 3)
-    requantize_tiles(const uint8_t* __restrict__ data, const float* __restrict__ scale_inv,
-                     int tiles_per_block, Experts experts, ColumnOutput out) {
+    requantize_tiles(const uint8_t* __restrict__ data, const float* __restrict__ scale_inv, Experts experts,
+                     ColumnOutput out) {
   __shared__ QuantizedTile tiles[2];
   const RowTile rows = find_tile(experts, blockIdx.y);
   if (rows.rows == 0) return;
   const int column_tiles = static_cast<int>(out.cols / kBlock);
-  const int first_tile = static_cast<int>(blockIdx.x) * tiles_per_block;
-  const int end_tile = min(first_tile + tiles_per_block, column_tiles);
-  TileLoader loader(data, scale_inv, out.cols, rows, first_tile);
+  const int apart = static_cast<int>(gridDim.x);
+  TileLoader loader(data, scale_inv, out.cols, rows, static_cast<int>(blockIdx.x), apart);
   const ColumnWriter writer(out, rows, blockIdx.y);
 
-  loader.begin(tiles[first_tile % 2]);
-  for (int tile = first_tile; tile < end_tile; ++tile) {
+  int current = 0;
+  loader.begin(tiles[current]);
+  for (int tile = static_cast<int>(blockIdx.x); tile < column_tiles; tile += apart) {
     __pipeline_wait_prior(0);
     __syncthreads();  // all have loaded this tile, and turned the one before
-    if (tile + 1 < end_tile) loader.begin(tiles[(tile + 1) % 2]);
-    writer.put(tiles[tile % 2], tile * kBlock);
+    if (tile + apart < column_tiles) loader.begin(tiles[1 - current]);
+    writer.put(tiles[current], tile * kBlock);
+    current = 1 - current;
   }
 }
 
-// Column tiles for each thread block: as many as leave every multiprocessor some blocks.
-int tiles_per_block(int64_t column_tiles, int64_t row_tiles) {
+// Thread blocks for each row tile: few, but some for every multiprocessor.
+int64_t blocks_per_row(int64_t column_tiles, int64_t row_tiles) {
   constexpr int64_t kEnoughBlocks = 1024;
   const int64_t most = std::min<int64_t>(kMostTiles, column_tiles * row_tiles / kEnoughBlocks);
-  return static_cast<int>(std::max<int64_t>(1, most));
+  const int64_t tiles_per_block = std::max<int64_t>(1, most);
+  return (column_tiles + tiles_per_block - 1) / tiles_per_block;
 }
 
 }  // namespace
@@ -105,12 +109,10 @@ Status requantize_columns(const RequantizeColumns& launch) {
                            static_cast<long long>(cols));
   }
   const int64_t column_tiles = cols / kBlock, row_tiles = launch.experts.max_tiles();
-  const int per_block = tiles_per_block(column_tiles, row_tiles);
-  const dim3 grid(static_cast<unsigned int>((column_tiles + per_block - 1) / per_block),
+  const dim3 grid(static_cast<unsigned int>(blocks_per_row(column_tiles, row_tiles)),
                   static_cast<unsigned int>(row_tiles));
   const ColumnOutput out{launch.out, launch.out_scale_inv, cols};
-  requantize_tiles<<<grid, kThreads, 0, launch.stream>>>(launch.data, launch.scale_inv, per_block,
-                                                         launch.experts, out);
+  requantize_tiles<<<grid, kThreads, 0, launch.stream>>>(launch.data, launch.scale_inv, launch.experts, out);
   return Status::from_cuda(cudaGetLastError(), "launching requantize_columns");
 }
 

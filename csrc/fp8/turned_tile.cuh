@@ -72,7 +72,11 @@ class ColumnWriter {
       for (int c = 0; c < 2; ++c) {
         const Scale scale = scale_from_amax(max_over_column(amax[c]));
         inverse.at[c] = scale.inverse;
-        store(to, has_rows_ ? quantize(values[c], scale.multiply) : Vector<uint8_t, ColumnShare::kRows>{});
+        if (has_rows_) {
+          store(to, quantize(values[c], scale.multiply));
+        } else {
+          store(to, Vector<uint8_t, ColumnShare::kRows>{});
+        }
         to += column_bytes_;
       }
       if (share_.row == 0) store(scale_inv_ + first_column + 2 * pair, inverse);
