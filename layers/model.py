@@ -14,6 +14,7 @@ from moe_ep.errors import InvalidInput
 
 from .config import ModelConfig
 from .initialise import initialise_weights
+from .moe_layer import MoELayer
 from .mtp import MtpModule
 from .norm import RMSNorm
 from .rope import RotaryEmbedding
@@ -76,6 +77,12 @@ class DeepSeekModel(nn.Module):
     def routers(self) -> Iterator[Router]:
         """The routers of the MoE layers in order, those of the MTP modules last."""
         return (module for module in self.modules() if isinstance(module, Router))
+
+    def raise_if_overflow(self) -> None:
+        """`MoELayer.raise_if_overflow` of all layers."""
+        for module in self.modules():
+            if isinstance(module, MoELayer):
+                module.raise_if_overflow()
 
     def forward(self, tokens_BS: torch.Tensor, targets_BS: torch.Tensor | None = None) -> ModelOutput:
         """``tokens_BS [B, S]`` int64; ``targets_BS [B, S]``: the token after each, -100 where it doesn't

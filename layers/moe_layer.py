@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 import moe_ep
+from moe_ep.errors import ReceiveOverflowError
 
 from .config import ModelConfig
 from .experts import GroupedExperts
@@ -63,6 +64,9 @@ class MoELayer(nn.Module):
             if config.shared_ffn_hidden
             else None
         )
+        self.register_buffer(
+            "_rows_lacking", torch.zeros(1, dtype=torch.int64, device=device), persistent=False
+        )
         if seed is not None:
             initialise_weights(self, seed=seed, std=config.init_std)
 
@@ -76,8 +80,8 @@ class MoELayer(nn.Module):
         """
         if overlap_chunks is None:
             overlap_chunks = self.config.overlap_chunks
-        overlaps = overlap_chunks != 0
-        if not overlaps:  # the GPU has that to do while the host launches the router and the plan
+        overlaps, in_fp8 = overlap_chunks != 0, self.config.fp8_experts is not None
+        if in_fp8 and not overlaps:  # the GPU has that to do while the host launches the router and the plan
             self.experts.prepare_gate_up()
         routed = self.router(x)
         x_TH = x.reshape(-1, x.shape[-1])
@@ -88,7 +92,7 @@ class MoELayer(nn.Module):
                 routed.topk_weights,
                 dispatcher=self.dispatcher,
                 run_experts=self.run_experts,
-                prepare_experts=self.experts.prepare_gate_up,
+                prepare_experts=self.experts.prepare_gate_up if in_fp8 else None,
                 shared=self.shared,
                 num_chunks=overlap_chunks,
             )
@@ -97,7 +101,8 @@ class MoELayer(nn.Module):
 
         def meanwhile() -> None:
             nonlocal shared_TH
-            self.experts.prepare_down()
+            if in_fp8:
+                self.experts.prepare_down()
             if self.shared is not None:
                 shared_TH = self.shared(x_TH)
 
@@ -109,14 +114,40 @@ class MoELayer(nn.Module):
 
     def run_experts(self, out: moe_ep.DispatchOutput) -> torch.Tensor:
         """What a dispatch gave -> the rows to combine, ``[N, H]``."""
+        limit = out.handle.spec.max_recv_rows
+        if limit is not None:
+            self._note_lack(out.handle.rows_needed, limit)
         if out.handle.layout == "expert":
             return self.experts(out.tokens, out.weights, out.padded_tokens_per_expert, out.splits)
+        max_rows = self.config.max_recv_rows
         order = order_by_expert(
             out.topk_idx,
             len(out.tokens_per_expert),
             alignment=self.config.expert_alignment,
             splits=out.splits,
-            max_rows=self.config.max_recv_rows,
+            max_rows=max_rows,
         )
+        if max_rows is not None:
+            self._note_lack(order.tokens_per_expert.sum(), max_rows)
         rows, weights_M = expand_rows(out.tokens, out.weights, order)
         return reduce_rows(self.experts(rows, weights_M, order.tokens_per_expert, order.splits), order)
+
+    def raise_if_overflow(self) -> None:
+        """Raise ReceiveOverflowError if the config's ``max_recv_rows`` was too small in a forward since the last look.
+
+        Waits for the device.
+        """
+        lacking = int(self._rows_lacking)
+        if lacking > 0:
+            self._rows_lacking.zero_()
+            limit = self.config.max_recv_rows
+            raise ReceiveOverflowError(
+                f"max_recv_rows={limit} was too small by {lacking} rows, which were dropped. Raise it to at least "
+                f"{limit + lacking}, or leave it out for exact sizes"
+            )
+
+    @torch.no_grad()
+    def _note_lack(self, needed: torch.Tensor, limit: int) -> None:
+        torch.maximum(
+            self._rows_lacking, needed.to(self._rows_lacking.device) - limit, out=self._rows_lacking
+        )

@@ -40,7 +40,7 @@ def run_overlapped(
     *,
     dispatcher: TokenDispatcher,
     run_experts: Callable[[moe_ep.DispatchOutput], torch.Tensor],
-    prepare_experts: Callable[[], object],
+    prepare_experts: Callable[[], object] | None,
     shared: SharedExperts | None,
     num_chunks: int,
 ) -> torch.Tensor:
@@ -74,7 +74,8 @@ def run_overlapped(
     def meanwhile() -> None:
         nonlocal activation_TF
         with torch.cuda.stream(computing):
-            prepare_experts()
+            if prepare_experts is not None:
+                prepare_experts()
             if shared is not None:
                 with named_range("shared expert"):
                     activation_TF = leave_free_in_both_directions(shared.activate, x_TH, left_free)

@@ -58,12 +58,17 @@ class DispatchHandle:
         splits = self.state[Routing.SPLITS]
         return splits.tolist() if len(splits) else None
 
+    @property
+    def rows_needed(self) -> torch.Tensor:
+        """Rows of the exact result, which ``max_recv_rows`` may not have room for: int64 ``[1]``."""
+        return self.state[Routing.ROWS_NEEDED]
+
     def raise_if_overflow(self) -> None:
         """Raise ReceiveOverflowError if ``max_recv_rows`` was too small. Waits for the device."""
         limit = self.spec.max_recv_rows
         if limit is None:
             return
-        needed = int(self.state[Routing.ROWS_NEEDED])
+        needed = int(self.rows_needed)
         find(self.communicator_id)._impl.check_health()
         if needed > limit:
             raise ReceiveOverflowError(

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from moe_ep.errors import InvalidInput
+from moe_ep.errors import InvalidInput, ReceiveOverflowError
 from moe_ep.layers import ModelConfig, MoELayer, TokenDispatcher
 from moe_ep.testing import run_ranks
 
@@ -161,3 +161,24 @@ def test_dispatcher_refuses_another_communicator():
             TokenDispatcher(ModelConfig(num_experts=8, num_topk=3), comm)
 
     ranks(CONFIG, 1, fn)
+
+
+@pytest.mark.parametrize("how", [{}, {"overlap_chunks": 1}, {"overlap_chunks": 2}], ids=str)
+def test_rows_that_lack_room_are_reported_once(how):
+    def fn(comm):
+        layer = MoELayer(dataclasses.replace(CONFIG, max_recv_rows=room, **how), comm, seed=5)
+        x = torch.randn(12, CONFIG.hidden, generator=torch.Generator().manual_seed(comm.rank))
+        layer(x)
+        layer(x[:1])  # has room, and does not hide that the first had not
+        try:
+            layer.raise_if_overflow()
+        except ReceiveOverflowError as error:
+            assert f"max_recv_rows={room}" in str(error)
+            layer.raise_if_overflow()
+            return True
+        return False
+
+    room = 2 * 12 * CONFIG.num_topk
+    assert ranks(CONFIG, 2, fn) == [False, False]
+    room = 9
+    assert ranks(CONFIG, 2, fn) == [True, True]
