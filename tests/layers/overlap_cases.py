@@ -27,7 +27,13 @@ class RowByRow(nn.Module):
         super().__init__()
         num_experts, hidden, _ = layer.experts.w_down.shape
         self.w_gate_up = layer.experts.w_gate_up  # of which MoELayer wants the dtype
-        self.scale = nn.Parameter(torch.linspace(0.5, 2, num_experts * hidden).view(num_experts, hidden))
+        scale = torch.linspace(0.5, 2, num_experts * hidden, device=self.w_gate_up.device)
+        self.scale = nn.Parameter(scale.view(num_experts, hidden))
+
+    def prepare_gate_up(self):
+        """There are no weights in FP8."""
+
+    prepare_down = prepare_gate_up
 
     def forward(self, rows, weights, tokens_per_expert, splits=None):
         if not isinstance(rows, torch.Tensor):

@@ -104,7 +104,7 @@ def make_step(comm, mode, how):
 
 def count_differences(comm, mode, how, steps):
     """How many of ``steps`` steps with delays differ in any bit; called under `random_delays`."""
-    # torch's other kernels of attention add up gradients in varying order.
+    # torch's other kernels of attention add up gradients in varying order. (A setting of the process, not the thread.)
     with sdpa_kernel(SDPBackend.MATH):
         step = make_step(comm, mode, how)
         expected = [tensor.clone() for tensor in step(one_stream=True)]

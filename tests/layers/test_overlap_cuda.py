@@ -21,6 +21,7 @@ from overlap_stress import (
     sizes,
 )
 from processes import run_cuda
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import moe_ep
 from moe_ep.errors import PeerTimeoutError
@@ -47,7 +48,17 @@ def ranks(mode, fn):
 @pytest.fixture(scope="module", autouse=True)
 def loaded_libraries():
     """Libraries load kernels at their first use and wait for the device then: one rank, which waits for nobody, goes
-    first; then all, whose other shapes may take other kernels, until no rank has waited for another in vain."""
+    first; then all, whose other shapes may take other kernels, until no rank has waited for another in vain.
+
+    Attention is plain products: cuDNN's prepares itself in every new thread, as ranks here are, and waits for the
+    device each time.
+    """
+    with sdpa_kernel(SDPBackend.MATH):
+        load_libraries()
+        yield
+
+
+def load_libraries():
     with random_delays():
         for mode in MODES:
             for how in HOW:
