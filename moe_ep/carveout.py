@@ -2,8 +2,9 @@
 
 Matrix products for Hopper are persistent: they put a block on every SM and keep it to the end. What is launched
 meanwhile waits, whatever its stream's priority. torch has one setting for it, of the whole process and read at each
-launch, which its grouped matmul and cuBLASLt honour (`torch._C._set_sm_carveout_experimental`); this module is the only
-place that sets it. Another number of SMs can mean another kernel, and so other rounding.
+launch (`torch._C._set_sm_carveout_experimental`). Its grouped matmul and cuBLASLt honour it, cuBLAS does not; so as
+long as SMs are to be left free, torch's products are cuBLASLt's. This module is the only place that sets either.
+Another number of SMs, and another library, can mean another kernel, and so other rounding.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 
@@ -23,7 +25,7 @@ MOST_SMS = 64
 class Carveout:
     """A wish for ``num_sms`` free SMs (0 to 64), from `open` to `close`; both may be called twice, by any thread.
 
-    Of those open at a time the largest counts; when the last is closed, torch's setting is again what it was. Only
+    Of those open at a time the largest counts; when the last is closed, torch's settings are again what they were. Only
     launches matter: what was launched meanwhile may run later. Raises InvalidInput.
     """
 
@@ -39,9 +41,9 @@ class Carveout:
                 return
             self._is_open = True
             if not _open:
-                _before.append(torch._C._get_sm_carveout_experimental())
+                _before.append(_Settings.now())
             _open.append(self.num_sms)
-            torch._C._set_sm_carveout_experimental(max(_open))
+            _Settings(max(_open), _LIBRARY or _before[0].library).set()
 
     def close(self) -> None:
         with _lock:
@@ -49,12 +51,30 @@ class Carveout:
                 return
             self._is_open = False
             _open.remove(self.num_sms)
-            torch._C._set_sm_carveout_experimental(max(_open) if _open else _before.pop())
+            (_Settings(max(_open), _LIBRARY or _before[0].library) if _open else _before.pop()).set()
 
 
+class _Settings(NamedTuple):
+    """Of torch."""
+
+    num_sms: int | None
+    library: Any
+
+    @classmethod
+    def now(cls) -> _Settings:
+        return cls(torch._C._get_sm_carveout_experimental(), torch._C._get_blas_preferred_backend())
+
+    def set(self) -> None:
+        torch._C._set_sm_carveout_experimental(self.num_sms)
+        if self.library != torch._C._get_blas_preferred_backend():
+            torch._C._set_blas_preferred_backend(self.library)
+
+
+_LIBRARY = torch._C._BlasBackend.Cublaslt if torch.version.cuda is not None else None
+"""Whose products honour the setting; None where torch has no choice."""
 _lock = threading.Lock()
 _open: list[int] = []
-_before: list[int | None] = []
+_before: list[_Settings] = []
 
 
 def sms_left(device: torch.device) -> int:

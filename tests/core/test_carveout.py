@@ -7,6 +7,9 @@ from moe_ep.carveout import Carveout, leave_free, leave_free_in_both_directions
 from moe_ep.errors import InvalidInput
 
 
+NEEDS_CUDA = pytest.mark.skipif(torch.version.cuda is None, reason="needs torch with cuBLASLt")
+
+
 def setting():
     return torch._C._get_sm_carveout_experimental()
 
@@ -32,6 +35,18 @@ def test_a_setting_of_somebody_else_comes_back():
         assert setting() == 3
     finally:
         torch._C._set_sm_carveout_experimental(None)
+
+
+@NEEDS_CUDA
+def test_products_are_of_the_library_that_honours_it():
+    library = torch.backends.cuda.preferred_blas_library
+    before, meant = library(), torch._C._BlasBackend.Cublaslt
+    with leave_free(8):
+        assert library() == meant
+        with leave_free(16):
+            assert library() == meant
+        assert library() == meant
+    assert library() == before
 
 
 def test_opened_and_closed_out_of_order_and_twice():

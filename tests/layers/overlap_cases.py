@@ -30,16 +30,12 @@ class RowByRow(nn.Module):
         scale = torch.linspace(0.5, 2, num_experts * hidden, device=self.w_gate_up.device)
         self.scale = nn.Parameter(scale.view(num_experts, hidden))
 
-    def prepare_gate_up(self):
-        """There are no weights in FP8."""
-
-    prepare_down = prepare_gate_up
-
     def forward(self, rows, weights, tokens_per_expert, splits=None):
         if not isinstance(rows, torch.Tensor):
             rows = rows.dequantize(self.w_gate_up.dtype)
-        scale = self.scale.repeat_interleave(tokens_per_expert, dim=0)
-        scale = F.pad(scale, (0, 0, 0, len(rows) - len(scale)))  # rows past the last expert's: static sizes
+        past = (len(rows) - tokens_per_expert.sum()).view(1)  # the last expert's: static sizes
+        counts = torch.cat([tokens_per_expert, past])
+        scale = F.pad(self.scale, (0, 0, 0, 1)).repeat_interleave(counts, dim=0, output_size=len(rows))
         return (rows * scale * weights.unsqueeze(-1)).to(rows.dtype)
 
 
