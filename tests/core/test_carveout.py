@@ -6,7 +6,6 @@ import torch
 from moe_ep.carveout import Carveout, leave_free, leave_free_in_both_directions
 from moe_ep.errors import InvalidInput
 
-
 NEEDS_CUDA = pytest.mark.skipif(torch.version.cuda is None, reason="needs torch with cuBLASLt")
 
 
