@@ -12,7 +12,6 @@ Quantisation is straight-through in both directions (see docs/fp8.md).
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -24,11 +23,9 @@ from moe_ep.streams import named_range
 
 from .fp8_matmul import columns_by_columns, rows_by_weights
 from .fp8_quantize import (
-    Fp8Columns,
     Fp8Weight,
     quantize_swiglu,
     quantize_swiglu_gradient,
-    quantize_swiglu_gradient_and_columns,
     quantize_weight,
     requantize_columns,
     requantize_tiles,
@@ -141,19 +138,7 @@ def fp8_experts(
     a matrix for each expert.
     """
     gate_up_NG = fp8_matmul(tokens, w_gate_up, groups, quantized.gate_up)
-    at_once = _weight_gradients_are_made_at_once(tokens.carrier, w_gate_up)
-    activation = fp8_swiglu(gate_up_NG, weights_N, groups if at_once else None)
-    return fp8_matmul(activation, w_down, groups, quantized.down)
-
-
-def _weight_gradients_are_made_at_once(
-    carrier: torch.Tensor | None, weight: torch.Tensor | Sequence[torch.Tensor]
-) -> bool:
-    """By the backward of `fp8_matmul`, and not by a `WeightGradStore` later."""
-    weights = (weight,) if isinstance(weight, torch.Tensor) else weight
-    if not torch.is_grad_enabled() or not any(each.requires_grad for each in weights):
-        return False
-    return carrier is None or later(carrier, *weights) is None
+    return fp8_matmul(fp8_swiglu(gate_up_NG, weights_N), w_down, groups, quantized.down)
 
 
 def fp8_matmul(
@@ -178,27 +163,10 @@ def fp8_matmul(
     return out_NO
 
 
-def fp8_swiglu(
-    gate_up_NG: torch.Tensor, weights_N: torch.Tensor | None, groups: RowGroups | None = None
-) -> Fp8Tokens:
-    """``silu(gate) * up * weight`` of ``gate_up [N, 2F]``, quantised: Fp8Tokens ``[N, F]``; differentiable.
-
-    ``groups``: those of the product that made ``gate_up``, if it will need its gradient's columns right after its rows.
-    """
+def fp8_swiglu(gate_up_NG: torch.Tensor, weights_N: torch.Tensor | None) -> Fp8Tokens:
+    """``silu(gate) * up * weight`` of ``gate_up [N, 2F]``, quantised: Fp8Tokens ``[N, F]``; differentiable."""
     quantized_gradient = fp8.takes_carried_gradient(gate_up_NG)
-    return Fp8Tokens(*_Swiglu.apply(gate_up_NG, weights_N, quantized_gradient, groups))
-
-
-# Of the tensors that `_Swiglu` hands to `_Matmul` as gradients, which run one after the other: the columns that were
-# made with the rows.
-_columns: weakref.WeakKeyDictionary[torch.UntypedStorage, tuple[Fp8Columns, RowGroups]] = (
-    weakref.WeakKeyDictionary()
-)
-
-
-def _take_columns(grad_NG: torch.Tensor, groups: RowGroups) -> Fp8Columns | None:
-    columns, of_groups = _columns.pop(grad_NG.untyped_storage(), (None, None))
-    return columns if of_groups is groups else None
+    return Fp8Tokens(*_Swiglu.apply(gate_up_NG, weights_N, quantized_gradient))
 
 
 class _Matmul(torch.autograd.Function):
@@ -224,7 +192,7 @@ class _Matmul(torch.autograd.Function):
 
         def weight_gradients() -> Weights:
             with named_range("moe_ep.experts.requantize_columns"):
-                grad_columns = _take_columns(grad_NO, groups) or requantize_columns(grad, groups)
+                grad_columns = requantize_columns(grad, groups)
                 columns = requantize_tiles(Fp8Tokens(data, scale_inv), groups)
             with named_range("moe_ep.experts.matmul.wgrad"):
                 grad_LOI = columns_by_columns(grad_columns, columns, groups, dtype)
@@ -247,9 +215,9 @@ class _Matmul(torch.autograd.Function):
 
 class _Swiglu(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, gate_up_NG, weights_N, quantized_gradient, groups):
+    def forward(ctx, gate_up_NG, weights_N, quantized_gradient):
         ctx.save_for_backward(gate_up_NG, weights_N)
-        ctx.quantized_gradient, ctx.groups = quantized_gradient, groups
+        ctx.quantized_gradient = quantized_gradient
         with named_range("moe_ep.experts.swiglu"):
             tokens = quantize_swiglu(gate_up_NG, weights_N)
         ctx.mark_non_differentiable(tokens.data, tokens.scale_inv)
@@ -260,17 +228,10 @@ class _Swiglu(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, _grad_data, _grad_scale_inv, grad_NF):
         gate_up_NG, weights_N = ctx.saved_tensors
-        inputs = gate_up_NG, weights_N, grad_NF.contiguous()
         with named_range("moe_ep.experts.swiglu.backward"):
-            if not ctx.quantized_gradient:
-                grad, grad_weights_N = quantize_swiglu_gradient(*inputs)
-                return grad.dequantize(gate_up_NG.dtype), grad_weights_N, None, None
-            columns = None
-            if ctx.groups is None:
-                grad, grad_weights_N = quantize_swiglu_gradient(*inputs)
+            grad, grad_weights_N = quantize_swiglu_gradient(gate_up_NG, weights_N, grad_NF.contiguous())
+            if ctx.quantized_gradient:
+                grad_NG = fp8.carry(grad, gate_up_NG.dtype)
             else:
-                grad, columns, grad_weights_N = quantize_swiglu_gradient_and_columns(*inputs, ctx.groups)
-        grad_NG = fp8.carry(grad, gate_up_NG.dtype)
-        if columns is not None:
-            _columns[grad_NG.untyped_storage()] = columns, ctx.groups
-        return grad_NG, grad_weights_N, None, None
+                grad_NG = grad.dequantize(gate_up_NG.dtype)
+        return grad_NG, grad_weights_N, None

@@ -136,20 +136,23 @@ def requantize_columns(tokens: Fp8Tokens, groups: RowGroups) -> Fp8Columns:
     kernels = _kernels(tokens.data, tokens.shape[1])
     if kernels is None or any(size % COLUMN_ALIGNMENT for size in groups.splits):
         return requantize_columns_torch(tokens, groups)
-    columns = _empty_columns(tokens.shape[1], groups, tokens.device)
-    with torch.cuda.device(tokens.device):
+    (num_rows, num_columns), device = tokens.shape, tokens.device
+    num_padded = sum(padded_splits(groups))
+    data = torch.empty(num_padded * num_columns, dtype=torch.float8_e4m3fn, device=device)
+    scale_inv = torch.empty(num_padded // BLOCK, num_columns, dtype=torch.float32, device=device)
+    with torch.cuda.device(device):
         kernels.requantize_columns(
             data=tokens.data.data_ptr(),
             scale_inv=tokens.scale_inv.data_ptr(),
-            rows=tokens.shape[0],
-            cols=tokens.shape[1],
+            rows=num_rows,
+            cols=num_columns,
             counts=groups.tokens_per_expert.data_ptr(),
             num_experts=len(groups.tokens_per_expert),
-            out=columns.data.data_ptr(),
-            out_scale_inv=columns.scale_inv.data_ptr(),
+            out=data.data_ptr(),
+            out_scale_inv=scale_inv.data_ptr(),
             stream=torch.cuda.current_stream().cuda_stream,
         )
-    return columns
+    return Fp8Columns(data, scale_inv)
 
 
 def requantize_columns_torch(tokens: Fp8Tokens, groups: RowGroups) -> Fp8Columns:
@@ -304,40 +307,6 @@ def quantize_swiglu_gradient(
     return Fp8Tokens(data, scale_inv), grad_weights_N
 
 
-def quantize_swiglu_gradient_and_columns(
-    gate_up_NG: torch.Tensor, weights_N: torch.Tensor | None, grad_NF: torch.Tensor, groups: RowGroups
-) -> tuple[Fp8Tokens, Fp8Columns | None, torch.Tensor | None]:
-    """`quantize_swiglu_gradient`, and the `requantize_columns` of its rows where one kernel makes both, else None."""
-    kernels = swiglu.kernels_for(gate_up_NG, weights_N, multiple=BLOCK)
-    aligned = sum(groups.splits) == groups.num_rows and not any(s % COLUMN_ALIGNMENT for s in groups.splits)
-    if kernels is None or not aligned or gate_up_NG.dtype.itemsize != 2:
-        grad, grad_weights_N = quantize_swiglu_gradient(gate_up_NG, weights_N, grad_NF)
-        return grad, None, grad_weights_N
-    num_rows, num_columns = gate_up_NG.shape
-    data, scale_inv = _empty_tokens(num_rows, num_columns, gate_up_NG.device)
-    columns = _empty_columns(num_columns, groups, gate_up_NG.device)
-    weights_N = None if weights_N is None else weights_N.contiguous()
-    grad_weights_N = None if weights_N is None else torch.empty_like(weights_N)
-    with torch.cuda.device(gate_up_NG.device):
-        kernels.swiglu_backward_columns(
-            gate_up=gate_up_NG.data_ptr(),
-            weights=0 if weights_N is None else weights_N.data_ptr(),
-            grad_out=grad_NF.data_ptr(),
-            dtype=getattr(kernels.DType, swiglu.KERNEL_DTYPES[gate_up_NG.dtype]),
-            rows=num_rows,
-            width=num_columns // 2,
-            counts=groups.tokens_per_expert.data_ptr(),
-            num_experts=len(groups.tokens_per_expert),
-            data=data.data_ptr(),
-            scale_inv=scale_inv.data_ptr(),
-            columns=columns.data.data_ptr(),
-            columns_scale_inv=columns.scale_inv.data_ptr(),
-            grad_weights=0 if grad_weights_N is None else grad_weights_N.data_ptr(),
-            stream=torch.cuda.current_stream().cuda_stream,
-        )
-    return Fp8Tokens(data, scale_inv), columns, grad_weights_N
-
-
 def _kernels(tensor: torch.Tensor, num_columns: int) -> ModuleType | None:
     if not tensor.is_cuda or num_columns % BLOCK or torch.compiler.is_compiling():
         return None
@@ -347,12 +316,6 @@ def _kernels(tensor: torch.Tensor, num_columns: int) -> ModuleType | None:
 def _empty_tokens(num_rows: int, num_columns: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     data = torch.empty(num_rows, num_columns, dtype=torch.float8_e4m3fn, device=device)
     return data, torch.empty(num_rows, num_columns // BLOCK, dtype=torch.float32, device=device)
-
-
-def _empty_columns(num_columns: int, groups: RowGroups, device: torch.device) -> Fp8Columns:
-    num_rows = sum(padded_splits(groups))
-    data = torch.empty(num_rows * num_columns, dtype=torch.float8_e4m3fn, device=device)
-    return Fp8Columns(data, torch.empty(num_rows // BLOCK, num_columns, dtype=torch.float32, device=device))
 
 
 def _empty_weight(num_matrices: int, num_rows: int, num_columns: int, device: torch.device) -> Fp8Weight:

@@ -107,11 +107,6 @@ __device__ __forceinline__ float2 to_float2(__nv_fp8x2_storage_t bytes) {
   return __half22float2(__half2(__nv_cvt_fp8x2_to_halfraw2(bytes, __NV_E4M3)));
 }
 
-// Of four bytes the lower pair (0) or the upper one (1).
-__device__ __forceinline__ float2 to_float2(unsigned int word, int pair) {
-  return to_float2(static_cast<__nv_fp8x2_storage_t>(pair == 0 ? word & 0xFFFFu : word >> 16));
-}
-
 __device__ __forceinline__ float to_float(uint8_t byte) {
   return __half2float(__half(__nv_cvt_fp8_to_halfraw(byte, __NV_E4M3)));
 }

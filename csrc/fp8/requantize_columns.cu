@@ -1,96 +1,136 @@
 #include "fp8/requantize_columns.h"
 
-#include <cuda_pipeline.h>
-
 #include <algorithm>
 
+#include "fp8/byte_tile.cuh"
 #include "fp8/checks.h"
 #include "fp8/experts.cuh"
-#include "fp8/turned_tile.cuh"
 
 namespace moe_ep::fp8 {
 namespace {
 
-constexpr int kMostTiles = 8;          // of a thread block
-constexpr int kMostColumns = 1 << 24;  // 128 rows have less than 2^32 bytes
+constexpr int kMostTiles = 8;  // of a thread block
+constexpr int kRowsPerLoad = kThreads / ByteTile::kUnits;
+constexpr int kLoads = kBlock / kRowsPerLoad;
 
-// Brings tiles of some rows into shared memory, one 16-byte unit after the other, while other threads
-// compute. A thread has the same units of every tile. Below the last row it comes again, which no column's
-// largest magnitude notices.
-class TileLoader {
+// Where the scale of a tile's row is kept: 16 rows, which one thread takes in column order, lie 20 floats
+// apart from the next 16, in other banks.
+__device__ __forceinline__ int scale_index(int row) {
+  return row / ColumnShare::kRows * (ColumnShare::kRows + 4) + row % ColumnShare::kRows;
+}
+
+struct Tile {
+  ByteTile bytes;
+  alignas(16) float scale_inv[kBlock / ColumnShare::kRows * (ColumnShare::kRows + 4)];
+};
+
+// What a thread loads of one tile after the other, side by side: 16 bytes each of rows `kRowsPerLoad` apart,
+// and a row's scale. Zeros below the last row.
+class Loader {
  public:
-  __device__ __forceinline__ TileLoader(const uint8_t* data, const float* scale_inv, int64_t cols,
-                                        const RowTile& rows, int first_tile, int tiles_apart)
-      : from_(data + rows.first * cols + first_tile * kBlock + column()), tiles_apart_(tiles_apart) {
-    const int last = rows.rows - 1;
-#pragma unroll
-    for (int i = 0; i < kLoads; ++i) offsets_[i] = static_cast<unsigned int>(min(row(i), last) * cols);
-    const int scale_row = min(static_cast<int>(threadIdx.x % kBlock), last);
-    scale_from_ = scale_inv + (rows.first + scale_row) * (cols / kBlock) + first_tile;
-  }
+  __device__ __forceinline__ Loader(const uint8_t* data, const float* scale_inv, int64_t cols,
+                                    const RowTile& rows, int first_tile)
+      : from_(data + (rows.first + row(0)) * cols + first_tile * kBlock + column()),
+        scale_from_(scale_inv + (rows.first + threadIdx.x % kBlock) * (cols / kBlock) + first_tile),
+        rows_apart_(kRowsPerLoad * cols),
+        rows_(rows.rows) {}
 
-  // Begins with the next tile.
-  __device__ __forceinline__ void begin(QuantizedTile& tile) {
+  __device__ __forceinline__ void load() {
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
-      __pipeline_memcpy_async(tile.bytes.at(row(i), column()), from_ + offsets_[i], ByteTile::kUnit);
+      units_[i] = make_uint4(0, 0, 0, 0);
+      if (row(i) < rows_) units_[i] = __ldcs(reinterpret_cast<const uint4*>(from_ + i * rows_apart_));
     }
-    if (threadIdx.x < kBlock) {
-      __pipeline_memcpy_async(&tile.scale_inv.of(threadIdx.x), scale_from_, sizeof(float));
+    scale_inv_ = static_cast<int>(threadIdx.x % kBlock) < rows_ ? *scale_from_ : 1.0f;
+    from_ += kBlock;
+    ++scale_from_;
+  }
+
+  __device__ __forceinline__ void store_into(Tile& tile) const {
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      *reinterpret_cast<uint4*>(tile.bytes.at(row(i), column())) = units_[i];
     }
-    __pipeline_commit();
-    from_ += tiles_apart_ * kBlock;
-    scale_from_ += tiles_apart_;
+    if (threadIdx.x < kBlock) tile.scale_inv[scale_index(static_cast<int>(threadIdx.x))] = scale_inv_;
   }
 
  private:
-  static constexpr int kRowsApart = kThreads / ByteTile::kUnits;
-  static constexpr int kLoads = kBlock / kRowsApart;
-
   static __device__ __forceinline__ int row(int i) {
-    return static_cast<int>(threadIdx.x / ByteTile::kUnits) + i * kRowsApart;
+    return static_cast<int>(threadIdx.x / ByteTile::kUnits) + i * kRowsPerLoad;
   }
   static __device__ __forceinline__ int column() {
     return static_cast<int>(threadIdx.x % ByteTile::kUnits) * ByteTile::kUnit;
   }
 
   const uint8_t* from_;
-  unsigned int offsets_[kLoads];
   const float* scale_from_;
-  int tiles_apart_;
+  int64_t rows_apart_;
+  int rows_;
+  uint4 units_[kLoads];  // NOTE: of a vector of bytes the compiler would make single bytes
+  float scale_inv_;
 };
 
-// Bound by HBM: 2 bytes moved per element. A thread block turns tiles of 128 rows by 128 columns, and loads
-// one while it turns the one before. Blocks that run together have neighbouring tiles, and so read
-// neighbouring bytes.
-__global__ void __launch_bounds__(kThreads, 3)
-    requantize_tiles(const uint8_t* __restrict__ data, const float* __restrict__ scale_inv, Experts experts,
-                     ColumnOutput out) {
-  __shared__ QuantizedTile tiles[2];
+// Bound by HBM: 2 bytes moved per element. A thread block turns tiles of 128 rows by 128 columns, side by
+// side, and loads one while it turns the one before. Two blocks on a multiprocessor have registers for that;
+// more would have to put some of them into memory.
+__global__ void __launch_bounds__(kThreads, 2)
+    requantize(const uint8_t* __restrict__ data, const float* __restrict__ scale_inv, int64_t cols,
+               int tiles_per_block, Experts experts, uint8_t* __restrict__ out,
+               float* __restrict__ out_scale_inv) {
+  constexpr int kRows = ColumnShare::kRows, kColumns = ColumnShare::kColumns;
+  __shared__ Tile tile;
   const RowTile rows = find_tile(experts, blockIdx.y);
   if (rows.rows == 0) return;
-  const int column_tiles = static_cast<int>(out.cols / kBlock);
-  const int apart = static_cast<int>(gridDim.x);
-  TileLoader loader(data, scale_inv, out.cols, rows, static_cast<int>(blockIdx.x), apart);
-  const ColumnWriter writer(out, rows, blockIdx.y);
+  const int column_tiles = static_cast<int>(cols / kBlock);
+  const int first_tile = static_cast<int>(blockIdx.x) * tiles_per_block;
+  const int end_tile = min(first_tile + tiles_per_block, column_tiles);
+  const ColumnShare share;
+  const float* const row_scale_inv = tile.scale_inv + scale_index(share.row);
+  const ColumnPlace place = place_of_columns(rows, blockIdx.y, cols);
+  uint8_t* to = out + place.offset + (first_tile * kBlock + share.column) * place.stride + share.row;
+  float* scale_to =
+      out_scale_inv + static_cast<int64_t>(blockIdx.y) * cols + first_tile * kBlock + share.column;
 
-  int current = 0;
-  loader.begin(tiles[current]);
-  for (int tile = static_cast<int>(blockIdx.x); tile < column_tiles; tile += apart) {
-    __pipeline_wait_prior(0);
-    __syncthreads();  // all have loaded this tile, and turned the one before
-    if (tile + apart < column_tiles) loader.begin(tiles[1 - current]);
-    writer.put(tiles[current], tile * kBlock);
-    current = 1 - current;
+  Loader loader(data, scale_inv, cols, rows, first_tile);
+  loader.load();
+  for (int column_tile = first_tile; column_tile < end_tile; ++column_tile) {
+    __syncthreads();  // the tile before has been turned
+    loader.store_into(tile);
+    if (column_tile + 1 < end_tile) loader.load();
+    __syncthreads();
+
+    float values[kColumns][kRows];
+    float amax[kColumns] = {};
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      const unsigned int word = tile.bytes.word(share.row + i, share.column);
+      const float2 low = to_float2(static_cast<__nv_fp8x2_storage_t>(word & 0xFFFFu));
+      const float2 high = to_float2(static_cast<__nv_fp8x2_storage_t>(word >> 16));
+      values[0][i] = __fmul_rn(low.x, row_scale_inv[i]);
+      values[1][i] = __fmul_rn(low.y, row_scale_inv[i]);
+      values[2][i] = __fmul_rn(high.x, row_scale_inv[i]);
+      values[3][i] = __fmul_rn(high.y, row_scale_inv[i]);
+#pragma unroll
+      for (int c = 0; c < kColumns; ++c) amax[c] = fmaxf(amax[c], fabsf(values[c][i]));
+    }
+    Vector<float, kColumns> inverse;
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) {
+      const Scale scale = scale_from_amax(max_over_column(amax[c]));
+      inverse.at[c] = scale.inverse;
+      store(to + c * place.stride, quantize(values[c], scale.multiply));
+    }
+    if (share.row == 0) store(scale_to, inverse);
+    to += kBlock * place.stride;
+    scale_to += kBlock;
   }
 }
 
-// Thread blocks for each row tile: few, but some for every multiprocessor.
-int64_t blocks_per_row(int64_t column_tiles, int64_t row_tiles) {
+// Column tiles for each thread block: as many as leave every multiprocessor some blocks.
+int tiles_per_block(int64_t column_tiles, int64_t row_tiles) {
   constexpr int64_t kEnoughBlocks = 1024;
   const int64_t most = std::min<int64_t>(kMostTiles, column_tiles * row_tiles / kEnoughBlocks);
-  const int64_t tiles_per_block = std::max<int64_t>(1, most);
-  return (column_tiles + tiles_per_block - 1) / tiles_per_block;
+  return static_cast<int>(std::max<int64_t>(1, most));
 }
 
 }  // namespace
@@ -104,15 +144,12 @@ Status requantize_columns(const RequantizeColumns& launch) {
   if (!status.is_ok() || rows == 0 || cols == 0) return status;
   const Status tiled = check_tiles("requantize_columns", launch.experts, cols, {launch.data, launch.out});
   if (!tiled.is_ok()) return tiled;
-  if (cols > kMostColumns) {
-    return Status::invalid("requantize_columns: cols must be at most %d, got %lld", kMostColumns,
-                           static_cast<long long>(cols));
-  }
   const int64_t column_tiles = cols / kBlock, row_tiles = launch.experts.max_tiles();
-  const dim3 grid(static_cast<unsigned int>(blocks_per_row(column_tiles, row_tiles)),
+  const int per_block = tiles_per_block(column_tiles, row_tiles);
+  const dim3 grid(static_cast<unsigned int>((column_tiles + per_block - 1) / per_block),
                   static_cast<unsigned int>(row_tiles));
-  const ColumnOutput out{launch.out, launch.out_scale_inv, cols};
-  requantize_tiles<<<grid, kThreads, 0, launch.stream>>>(launch.data, launch.scale_inv, launch.experts, out);
+  requantize<<<grid, kThreads, 0, launch.stream>>>(launch.data, launch.scale_inv, cols, per_block,
+                                                   launch.experts, launch.out, launch.out_scale_inv);
   return Status::from_cuda(cudaGetLastError(), "launching requantize_columns");
 }
 

@@ -28,16 +28,15 @@ __device__ __forceinline__ int own_column() {
   return static_cast<int>(threadIdx.x) % ByteTile::kUnits * ByteTile::kUnit;
 }
 
-// A thread's share of one tile after the other.
+// A thread's share of tiles side by side, one after the other.
 class Source {
  public:
   __device__ __forceinline__ Source(const uint8_t* data, const float* scale_inv, int64_t cols,
-                                    const RowTile& rows, int first_tile, int tiles_apart)
+                                    const RowTile& rows, int first_tile)
       : unit_(data + (rows.first + own_row()) * cols + first_tile * kBlock + own_column()),
         scale_inv_(scale_inv + (rows.first + own_row()) * (cols / kBlock) + first_tile),
         cols_(cols),
-        rows_(rows.rows - own_row()),
-        tiles_apart_(tiles_apart) {}
+        rows_(rows.rows - own_row()) {}
 
   __device__ __forceinline__ void load(Loaded& loaded) {
     const uint8_t* unit = unit_;
@@ -53,8 +52,8 @@ class Source {
       unit += kRowsPerLoad * cols_;
       scale_inv += kRowsPerLoad * (cols_ / kBlock);
     }
-    unit_ += tiles_apart_ * kBlock;
-    scale_inv_ += tiles_apart_;
+    unit_ += kBlock;
+    ++scale_inv_;
   }
 
  private:
@@ -62,7 +61,6 @@ class Source {
   const float* scale_inv_;
   int64_t cols_;
   int rows_;  // from this thread's first
-  int tiles_apart_;
 };
 
 __device__ __forceinline__ bool is_zero(uint4 unit) {
@@ -92,17 +90,19 @@ __device__ __forceinline__ int64_t padded_tiles_before(const Experts& experts, i
   return sum;
 }
 
-// Bound by HBM: 2 bytes moved per element. A thread block loads a tile while it turns the one before. Blocks
-// that run together have neighbouring tiles, and so read neighbouring bytes.
+// Bound by HBM: 2 bytes moved per element. A thread block turns tiles side by side, and loads one while it
+// turns the one before.
 __global__ void __launch_bounds__(kThreads, 4)
     requantize(const uint8_t* __restrict__ data, const float* __restrict__ scale_inv, int64_t cols,
-               Experts experts, uint8_t* __restrict__ out, float* __restrict__ out_scale_inv) {
+               int tiles_per_block, Experts experts, uint8_t* __restrict__ out,
+               float* __restrict__ out_scale_inv) {
   __shared__ ByteTile tile;
   __shared__ float largest_of_warp[kWarps];
   const RowTile rows = find_tile(experts, blockIdx.y);
   if (rows.rows == 0) return;
   const int column_tiles = static_cast<int>(cols / kBlock);
-  const int first_tile = static_cast<int>(blockIdx.x), apart = static_cast<int>(gridDim.x);
+  const int first_tile = static_cast<int>(blockIdx.x) * tiles_per_block;
+  const int end_tile = min(first_tile + tiles_per_block, column_tiles);
   const int64_t scale_width = padded_tiles(rows.expert_rows);
   float* const scale_out = out_scale_inv + padded_tiles_before(experts, rows.expert) * column_tiles +
                            (rows.first - rows.expert_first) / kBlock;
@@ -110,10 +110,10 @@ __global__ void __launch_bounds__(kThreads, 4)
   uint8_t* rows_out = out + place.offset + static_cast<int64_t>(first_tile) * kBlock * place.stride;
   const ColumnShare share;
 
-  Source source(data, scale_inv, cols, rows, first_tile, apart);
+  Source source(data, scale_inv, cols, rows, first_tile);
   Loaded loaded;
   source.load(loaded);
-  for (int column_tile = first_tile; column_tile < column_tiles; column_tile += apart) {
+  for (int column_tile = first_tile; column_tile < end_tile; ++column_tile) {
     float largest = 0.0f;
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
@@ -136,19 +136,18 @@ __global__ void __launch_bounds__(kThreads, 4)
       *reinterpret_cast<uint4*>(tile.at(own_row() + i * kRowsPerLoad, own_column())) = unit;
     }
     __syncthreads();
-    if (column_tile + apart < column_tiles) source.load(loaded);
+    if (column_tile + 1 < end_tile) source.load(loaded);
     if (threadIdx.x == 0) scale_out[column_tile * scale_width] = largest;
     store_turned(tile, share, rows_out, place.stride);
-    rows_out += apart * kBlock * place.stride;
+    rows_out += kBlock * place.stride;
   }
 }
 
-// Thread blocks for each row tile: few, but some for every multiprocessor.
-int64_t blocks_per_row(int64_t column_tiles, int64_t row_tiles) {
+// Column tiles for each thread block: as many as leave every multiprocessor some blocks.
+int tiles_per_block(int64_t column_tiles, int64_t row_tiles) {
   constexpr int64_t kEnoughBlocks = 2048;
   const int64_t most = std::min<int64_t>(kMostTiles, column_tiles * row_tiles / kEnoughBlocks);
-  const int64_t tiles_per_block = std::max<int64_t>(1, most);
-  return (column_tiles + tiles_per_block - 1) / tiles_per_block;
+  return static_cast<int>(std::max<int64_t>(1, most));
 }
 
 }  // namespace
@@ -163,10 +162,11 @@ Status requantize_tiles(const RequantizeTiles& launch) {
   const Status tiled = check_tiles("requantize_tiles", launch.experts, cols, {launch.data, launch.out});
   if (!tiled.is_ok()) return tiled;
   const int64_t column_tiles = cols / kBlock, row_tiles = launch.experts.max_tiles();
-  const dim3 grid(static_cast<unsigned int>(blocks_per_row(column_tiles, row_tiles)),
+  const int per_block = tiles_per_block(column_tiles, row_tiles);
+  const dim3 grid(static_cast<unsigned int>((column_tiles + per_block - 1) / per_block),
                   static_cast<unsigned int>(row_tiles));
-  requantize<<<grid, kThreads, 0, launch.stream>>>(launch.data, launch.scale_inv, cols, launch.experts,
-                                                   launch.out, launch.out_scale_inv);
+  requantize<<<grid, kThreads, 0, launch.stream>>>(launch.data, launch.scale_inv, cols, per_block,
+                                                   launch.experts, launch.out, launch.out_scale_inv);
   return Status::from_cuda(cudaGetLastError(), "launching requantize_tiles");
 }
 

@@ -50,31 +50,6 @@ void bind(py::module_& module) {
       py::arg("rows"), py::arg("width"), py::arg("grad"), py::arg("data"), py::arg("scale_inv"),
       py::arg("grad_weights"), py::arg("stream"),
       "The gradient of gate and up, into grad or as FP8, and of the weights (0: not wanted).");
-  module.def(
-      "swiglu_backward_columns",
-      [](Address gate_up, Address weights, Address grad_out, DType dtype, int64_t rows, int64_t width,
-         Address counts, int num_experts, Address data, Address scale_inv, Address columns,
-         Address columns_scale_inv, Address grad_weights, Address stream) {
-        BackwardColumns launch{};
-        launch.rows.gate_up = pointer<void>(gate_up);
-        launch.rows.weights = pointer<float>(weights);
-        launch.rows.grad_out = pointer<void>(grad_out);
-        launch.rows.dtype = dtype;
-        launch.rows.rows = rows;
-        launch.rows.width = width;
-        launch.rows.data = pointer<uint8_t>(data);
-        launch.rows.scale_inv = pointer<float>(scale_inv);
-        launch.rows.grad_weights = pointer<float>(grad_weights);
-        launch.rows.stream = pointer<CUstream_st>(stream);
-        launch.experts = {pointer<const int64_t>(counts), num_experts, rows};
-        launch.columns = pointer<uint8_t>(columns);
-        launch.columns_scale_inv = pointer<float>(columns_scale_inv);
-        run([&] { return backward_with_columns(launch); });
-      },
-      py::kw_only(), py::arg("gate_up"), py::arg("weights"), py::arg("grad_out"), py::arg("dtype"),
-      py::arg("rows"), py::arg("width"), py::arg("counts"), py::arg("num_experts"), py::arg("data"),
-      py::arg("scale_inv"), py::arg("columns"), py::arg("columns_scale_inv"), py::arg("grad_weights"),
-      py::arg("stream"), "The gradients as FP8 rows, and as FP8 columns of each expert's rows, at once.");
 }
 
 }  // namespace moe_ep::swiglu

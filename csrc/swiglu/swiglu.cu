@@ -3,16 +3,32 @@
 #include <type_traits>
 
 #include "common/vector.cuh"
+#include "fp8/blocks.cuh"
 #include "fp8/checks.h"
 #include "fp8/formulas.cuh"
 #include "swiglu/formulas.cuh"
-#include "swiglu/vectors.cuh"
 
 namespace moe_ep::swiglu {
 namespace {
 
-// A warp works on one row, from left to right. HBM is the limit only while an element takes few instructions:
-// 40 forward and 60 backward are as long as its bytes. Each lane loads for several steps before it computes.
+using fp8::kBlock;
+
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / 32;
+constexpr int kMostColumns = 1 << 30;
+
+// A warp works on one row, from left to right; a lane has 16 bytes of a step, neighbouring elements, and
+// loads for several steps before it computes. HBM is the limit only while an element takes few instructions:
+// 40 forward and 60 backward are as long as its bytes.
+template <typename T>
+struct Walk {
+  static constexpr int kElements = 16 / sizeof(T);
+  static constexpr int kLanesPerBlock = kBlock / kElements;
+  static constexpr int kStep = 32 * kElements;
+};
+
+template <typename T>
+using Elements = Vector<T, Walk<T>::kElements>;
 
 // A row of the result: rounded, or quantised with the other lanes of each 1x128 block. Every lane of a warp
 // calls `put`; `active` lanes store.
@@ -29,7 +45,10 @@ struct Output {
 
   __device__ __forceinline__ void put(int at, const float (&values)[Walk<T>::kElements], bool active) const {
     if constexpr (kQuantised) {
-      const fp8::Scale scale = scale_of_block<T>(values);
+      float amax = 0.0f;
+#pragma unroll
+      for (int i = 0; i < Walk<T>::kElements; ++i) amax = fmaxf(amax, fabsf(values[i]));
+      const fp8::Scale scale = fp8::scale_from_amax(max_over_lanes<Walk<T>::kLanesPerBlock>(amax));
       if (active) store(data + at, fp8::quantize(values, scale.multiply));
       if (active && at % kBlock == 0) scale_inv[at / kBlock] = scale.inverse;
     } else if (active) {
@@ -76,7 +95,7 @@ __global__ void __launch_bounds__(kThreads, 3)
     differentiate_rows(const T* __restrict__ gate_up, const float* __restrict__ weights,
                        const T* __restrict__ grad_out, int64_t rows, int width, Output<T, kQuantised> outputs,
                        float* __restrict__ grad_weights) {
-  constexpr int kElements = Walk<T>::kElements, kSteps = kClasses * kBlock / Walk<T>::kStep;
+  constexpr int kElements = Walk<T>::kElements, kSteps = 2;
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
   if (row >= rows) return;
   const int first = static_cast<int>(threadIdx.x) % 32 * kElements;
@@ -85,8 +104,8 @@ __global__ void __launch_bounds__(kThreads, 3)
   const T* ups = gates + width;
   const T* grads = grad_out + row * width;
   const Output<T, kQuantised> out = outputs.row(row, 2 * static_cast<int64_t>(width));
-  float sums[kSteps] = {};  // of the lane's class in each step
-  for (int begin = 0; begin < width; begin += kClasses * kBlock) {
+  float grad_weight = 0.0f;
+  for (int begin = 0; begin < width; begin += kSteps * Walk<T>::kStep) {
     Elements<T> gate[kSteps], up[kSteps], grad[kSteps];
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
@@ -99,15 +118,18 @@ __global__ void __launch_bounds__(kThreads, 3)
     for (int step = 0; step < kSteps; ++step) {
       const int at = begin + step * Walk<T>::kStep + first;
       float of_gate[kElements], of_up[kElements];
-      const float sum = differentiate(gate[step], up[step], grad[step], weight, sums[step], of_gate, of_up);
-      if (at < width) sums[step] = sum;
+      const float sum = differentiate(gate[step], up[step], grad[step], weight, grad_weight, of_gate, of_up);
+      if (at < width) grad_weight = sum;
       out.put(at, of_gate, at < width);
       out.put(width + at, of_up, at < width);
     }
   }
   if (grad_weights == nullptr) return;
-  const float sum = add_classes<T>(sums);
-  if (threadIdx.x % 32 == 0) grad_weights[row] = sum;
+#pragma unroll
+  for (int distance = 16; distance > 0; distance /= 2) {
+    grad_weight += __shfl_xor_sync(0xFFFFFFFFu, grad_weight, distance);
+  }
+  if (threadIdx.x % 32 == 0) grad_weights[row] = grad_weight;
 }
 
 Status check(const char* function, int64_t rows, int64_t width, bool quantised,

@@ -6,7 +6,6 @@
 
 #include "common/dtype.h"
 #include "common/status.h"
-#include "fp8/experts.h"
 
 namespace moe_ep::swiglu {
 
@@ -39,18 +38,8 @@ struct Backward {
   cudaStream_t stream;
 };
 
-// The gradients as FP8 rows, and as columns of each expert's rows, which are quantised from those rows: the
-// bits of `backward` and then fp8::requantize_columns. Rows past the experts' stay as they are.
-struct BackwardColumns {
-  Backward rows;         // `dtype` of 16 bits; width a multiple of 128; data and scale_inv, no grad
-  fp8::Experts experts;  // of as many rows. NOTE: counts must be multiples of 16
-  uint8_t* columns;      // as in fp8::RequantizeColumns, of 2 * width columns
-  float* columns_scale_inv;
-};
-
-// All launch on the stream and return.
+// Both launch on the stream and return.
 Status forward(const Forward& launch);
 Status backward(const Backward& launch);
-Status backward_with_columns(const BackwardColumns& launch);
 
 }  // namespace moe_ep::swiglu

@@ -164,46 +164,6 @@ def test_swiglu_equals_the_formulas(num_rows, width, weighted, dtype):
         assert torch.equal(rounded[1], got_weights)
 
 
-def swiglu_gradient_by_two_kernels(gate_up, weights, grad, groups):
-    rows, grad_weights = fp8_quantize.quantize_swiglu_gradient(gate_up, weights, grad)
-    return rows, fp8_quantize.requantize_columns(rows, groups), grad_weights
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("weighted", [True, False])
-@pytest.mark.parametrize("splits", SPLITS, ids=str)
-@pytest.mark.parametrize("width", [128, 640, 2048])
-def test_swiglu_gradient_with_columns_has_the_bits_of_two_kernels(splits, width, weighted, dtype):
-    groups = groups_of(splits)
-    torch.manual_seed(width)
-    magnitude = torch.exp2(torch.randint(-12, 4, (groups.num_rows, 1), device="cuda").float())
-    gate_up = (torch.randn(groups.num_rows, 2 * width, device="cuda") * magnitude).to(dtype)
-    grad = torch.randn(groups.num_rows, width, device="cuda").to(dtype)
-    weights = torch.rand(groups.num_rows, device="cuda") if weighted else None
-    rows, columns, grad_weights = fp8_quantize.quantize_swiglu_gradient_and_columns(
-        gate_up, weights, grad, groups
-    )
-    wanted = swiglu_gradient_by_two_kernels(gate_up, weights, grad, groups)
-    assert columns is not None
-    assert_same_bytes(rows, wanted[0])
-    assert_same_bytes(columns, wanted[1])
-    assert grad_weights is None if weights is None else torch.equal(grad_weights, wanted[2])
-
-
-def test_swiglu_gradient_with_columns_leaves_other_rows_to_two_kernels():
-    for splits, extra, dtype in (
-        ([100, 28], 0, torch.bfloat16),
-        ([64], 16, torch.bfloat16),
-        ([64], 0, torch.float32),
-    ):
-        groups = groups_of(splits, extra)
-        gate_up = torch.randn(groups.num_rows, 256, device="cuda", dtype=dtype)
-        inputs = gate_up, None, gate_up[:, :128].contiguous()
-        rows, columns, _ = fp8_quantize.quantize_swiglu_gradient_and_columns(*inputs, groups)
-        assert columns is None
-        assert_same_bytes(rows, fp8_quantize.quantize_swiglu_gradient(*inputs)[0])
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("num_rows", [1, 200])
 def test_swiglu_of_gates_where_exp_overflows_or_its_reciprocal_is_subnormal(num_rows, dtype):
@@ -313,22 +273,10 @@ def test_times_of_columns(alignment):
     """Of experts' rows in multiples of ``alignment``, which must not matter: columns are whole cache lines."""
     groups, hidden, ffn = groups_of(layer_splits(alignment)), LAYER["hidden"], LAYER["ffn_hidden"]
     tokens, narrow = tokens_of(LAYER_ROWS, hidden), tokens_of(LAYER_ROWS, 2 * ffn)
-    gate_up = torch.randn(LAYER_ROWS, 2 * ffn, device="cuda", dtype=torch.bfloat16)
-    grad = torch.randn(LAYER_ROWS, ffn, device="cuda", dtype=torch.bfloat16)
-    weights = torch.rand(LAYER_ROWS, device="cuda")
-    gradient = gate_up.nbytes + grad.nbytes + gate_up.numel()
     pieces = {
         "of a gradient": (lambda: fp8_quantize.requantize_columns(tokens, groups), 2 * tokens.data.nbytes),
         "of x in tiles": (lambda: fp8_quantize.requantize_tiles(tokens, groups), 2 * tokens.data.nbytes),
         "of gate and up": (lambda: fp8_quantize.requantize_columns(narrow, groups), 2 * narrow.data.nbytes),
-        "with the rows, 2 kernels": (
-            lambda: swiglu_gradient_by_two_kernels(gate_up, weights, grad, groups),
-            gradient + 2 * gate_up.numel(),
-        ),
-        "with the rows, at once": (
-            lambda: fp8_quantize.quantize_swiglu_gradient_and_columns(gate_up, weights, grad, groups),
-            gradient + gate_up.numel(),
-        ),
     }
     for name, (fn, moved) in pieces.items():
         ms = milliseconds(fn)

@@ -188,41 +188,6 @@ def test_a_carried_gradient_is_the_gradient_of_its_numbers():
     assert all(map(torch.equal, *results))
 
 
-@pytest.mark.parametrize("delayed", [False, True])
-def test_columns_made_with_the_gradient_of_gate_and_up_are_taken_by_its_product(delayed, monkeypatch):
-    experts, groups = make_experts(), groups_of()
-    tokens = fp8.quantize(random(groups.num_rows, HIDDEN).requires_grad_())
-    grad, weights = random(groups.num_rows, HIDDEN, seed=2), torch.rand(groups.num_rows)
-    parameters = experts.w_gate_up, experts.w_down
-    store = WeightGradStore()
-    made = []
-
-    def at_once(gate_up, weights, grad, of_groups):
-        rows, grad_weights = fp8_quantize.quantize_swiglu_gradient(gate_up, weights, grad)
-        made.append(rows.shape[1])
-        return rows, fp8_quantize.requantize_columns(rows, of_groups), grad_weights
-
-    def apart(tokens, of_groups):
-        made.append(tokens.shape[1])
-        return fp8_quantize.requantize_columns(tokens, of_groups)
-
-    def gradients():
-        made.clear()
-        with store.collecting() if delayed else contextlib.nullcontext():
-            y = fp8_experts(tokens, weights, *parameters, groups, Fp8Weights(keep=False))
-        for each in parameters:
-            each.grad = None
-        y.backward(grad)
-        store.run()
-        return [each.grad for each in parameters]
-
-    wanted = gradients()
-    monkeypatch.setattr("moe_ep.layers.fp8_experts.quantize_swiglu_gradient_and_columns", at_once)
-    monkeypatch.setattr("moe_ep.layers.fp8_experts.requantize_columns", apart)
-    assert all(map(torch.equal, gradients(), wanted))
-    assert made == [HIDDEN, 2 * FFN]  # of y, and once of gate and up
-
-
 def test_a_carrier_is_told_from_other_tensors():
     tokens = fp8.quantize(random(4, 128))
     carrier = fp8.carry(tokens, torch.bfloat16)
