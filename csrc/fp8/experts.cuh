@@ -18,7 +18,7 @@ struct RowTile {
 
 // Where a tile's columns begin among those of all experts: for each expert a matrix [cols, rows rounded up to
 // 128], one after the other, with zeros behind its rows. So the columns of a tile are whole cache lines,
-// whatever the number of rows; lines that two tiles share would take half as long again.
+// whatever the number of rows; lines that two tiles share took a fifth longer.
 struct ColumnPlace {
   int64_t offset;  // of the first column
   int64_t stride;  // from a column to the next

@@ -1,17 +1,14 @@
 #include "fp8/requantize_columns.h"
 
-#include <algorithm>
-
-#include "fp8/byte_tile.cuh"
 #include "fp8/checks.h"
 #include "fp8/experts.cuh"
+#include "fp8/formulas.cuh"
+#include "fp8/tile_source.cuh"
 
 namespace moe_ep::fp8 {
 namespace {
 
-constexpr int kMostTiles = 8;  // of a thread block
-constexpr int kRowsPerLoad = kThreads / ByteTile::kUnits;
-constexpr int kLoads = kBlock / kRowsPerLoad;
+constexpr int64_t kEnoughBlocks = 1024;
 
 // Where the scale of a tile's row is kept: 16 rows, which one thread takes in column order, lie 20 floats
 // apart from the next 16, in other banks.
@@ -22,52 +19,6 @@ __device__ __forceinline__ int scale_index(int row) {
 struct Tile {
   ByteTile bytes;
   alignas(16) float scale_inv[kBlock / ColumnShare::kRows * (ColumnShare::kRows + 4)];
-};
-
-// What a thread loads of one tile after the other, side by side: 16 bytes each of rows `kRowsPerLoad` apart,
-// and a row's scale. Zeros below the last row.
-class Loader {
- public:
-  __device__ __forceinline__ Loader(const uint8_t* data, const float* scale_inv, int64_t cols,
-                                    const RowTile& rows, int first_tile)
-      : from_(data + (rows.first + row(0)) * cols + first_tile * kBlock + column()),
-        scale_from_(scale_inv + (rows.first + threadIdx.x % kBlock) * (cols / kBlock) + first_tile),
-        rows_apart_(kRowsPerLoad * cols),
-        rows_(rows.rows) {}
-
-  __device__ __forceinline__ void load() {
-#pragma unroll
-    for (int i = 0; i < kLoads; ++i) {
-      units_[i] = make_uint4(0, 0, 0, 0);
-      if (row(i) < rows_) units_[i] = __ldcs(reinterpret_cast<const uint4*>(from_ + i * rows_apart_));
-    }
-    scale_inv_ = static_cast<int>(threadIdx.x % kBlock) < rows_ ? *scale_from_ : 1.0f;
-    from_ += kBlock;
-    ++scale_from_;
-  }
-
-  __device__ __forceinline__ void store_into(Tile& tile) const {
-#pragma unroll
-    for (int i = 0; i < kLoads; ++i) {
-      *reinterpret_cast<uint4*>(tile.bytes.at(row(i), column())) = units_[i];
-    }
-    if (threadIdx.x < kBlock) tile.scale_inv[scale_index(static_cast<int>(threadIdx.x))] = scale_inv_;
-  }
-
- private:
-  static __device__ __forceinline__ int row(int i) {
-    return static_cast<int>(threadIdx.x / ByteTile::kUnits) + i * kRowsPerLoad;
-  }
-  static __device__ __forceinline__ int column() {
-    return static_cast<int>(threadIdx.x % ByteTile::kUnits) * ByteTile::kUnit;
-  }
-
-  const uint8_t* from_;
-  const float* scale_from_;
-  int64_t rows_apart_;
-  int rows_;
-  uint4 units_[kLoads];  // NOTE: of a vector of bytes the compiler would make single bytes
-  float scale_inv_;
 };
 
 // Bound by HBM: 2 bytes moved per element. A thread block turns tiles of 128 rows by 128 columns, side by
@@ -91,12 +42,18 @@ __global__ void __launch_bounds__(kThreads, 2)
   float* scale_to =
       out_scale_inv + static_cast<int64_t>(blockIdx.y) * cols + first_tile * kBlock + share.column;
 
-  Loader loader(data, scale_inv, cols, rows, first_tile);
-  loader.load();
+  TileSource source(data, scale_inv, cols, rows, first_tile);
+  Loaded loaded;
+  source.load(loaded);
   for (int column_tile = first_tile; column_tile < end_tile; ++column_tile) {
     __syncthreads();  // the tile before has been turned
-    loader.store_into(tile);
-    if (column_tile + 1 < end_tile) loader.load();
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      const int row = own_row() + i * kRowsPerLoad;
+      *reinterpret_cast<uint4*>(tile.bytes.at(row, own_column())) = loaded.units[i];
+      if (own_column() == 0) tile.scale_inv[scale_index(row)] = loaded.scale_inv[i];
+    }
+    if (column_tile + 1 < end_tile) source.load(loaded);
     __syncthreads();
 
     float values[kColumns][kRows];
@@ -126,13 +83,6 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
 }
 
-// Column tiles for each thread block: as many as leave every multiprocessor some blocks.
-int tiles_per_block(int64_t column_tiles, int64_t row_tiles) {
-  constexpr int64_t kEnoughBlocks = 1024;
-  const int64_t most = std::min<int64_t>(kMostTiles, column_tiles * row_tiles / kEnoughBlocks);
-  return static_cast<int>(std::max<int64_t>(1, most));
-}
-
 }  // namespace
 
 Status requantize_columns(const RequantizeColumns& launch) {
@@ -145,7 +95,7 @@ Status requantize_columns(const RequantizeColumns& launch) {
   const Status tiled = check_tiles("requantize_columns", launch.experts, cols, {launch.data, launch.out});
   if (!tiled.is_ok()) return tiled;
   const int64_t column_tiles = cols / kBlock, row_tiles = launch.experts.max_tiles();
-  const int per_block = tiles_per_block(column_tiles, row_tiles);
+  const int per_block = tiles_per_block(column_tiles, row_tiles, kEnoughBlocks);
   const dim3 grid(static_cast<unsigned int>((column_tiles + per_block - 1) / per_block),
                   static_cast<unsigned int>(row_tiles));
   requantize<<<grid, kThreads, 0, launch.stream>>>(launch.data, launch.scale_inv, cols, per_block,

@@ -1,67 +1,15 @@
 #include "fp8/requantize_tiles.h"
 
-#include <algorithm>
-
 #include "fp8/checks.h"
 #include "fp8/experts.cuh"
 #include "fp8/formulas.cuh"
+#include "fp8/tile_source.cuh"
 #include "fp8/turn.cuh"
 
 namespace moe_ep::fp8 {
 namespace {
 
-constexpr int kMostTiles = 8;  // of a thread block
-constexpr int kRowsPerLoad = kThreads / ByteTile::kUnits;
-constexpr int kLoads = kBlock / kRowsPerLoad;
-
-// A thread has 16 bytes each of rows `kRowsPerLoad` apart, and those rows' scales.
-struct Loaded {
-  uint4 units[kLoads];  // NOTE: of a vector of bytes the compiler would make single bytes
-  float scale_inv[kLoads];
-};
-
-__device__ __forceinline__ int own_row() {
-  return static_cast<int>(threadIdx.x) / ByteTile::kUnits;
-}
-
-__device__ __forceinline__ int own_column() {
-  return static_cast<int>(threadIdx.x) % ByteTile::kUnits * ByteTile::kUnit;
-}
-
-// A thread's share of tiles side by side, one after the other.
-class Source {
- public:
-  __device__ __forceinline__ Source(const uint8_t* data, const float* scale_inv, int64_t cols,
-                                    const RowTile& rows, int first_tile)
-      : unit_(data + (rows.first + own_row()) * cols + first_tile * kBlock + own_column()),
-        scale_inv_(scale_inv + (rows.first + own_row()) * (cols / kBlock) + first_tile),
-        cols_(cols),
-        rows_(rows.rows - own_row()) {}
-
-  __device__ __forceinline__ void load(Loaded& loaded) {
-    const uint8_t* unit = unit_;
-    const float* scale_inv = scale_inv_;
-#pragma unroll
-    for (int i = 0; i < kLoads; ++i) {
-      loaded.units[i] = make_uint4(0, 0, 0, 0);
-      loaded.scale_inv[i] = 0.0f;
-      if (i * kRowsPerLoad < rows_) {
-        loaded.units[i] = __ldcs(reinterpret_cast<const uint4*>(unit));
-        loaded.scale_inv[i] = *scale_inv;
-      }
-      unit += kRowsPerLoad * cols_;
-      scale_inv += kRowsPerLoad * (cols_ / kBlock);
-    }
-    unit_ += kBlock;
-    ++scale_inv_;
-  }
-
- private:
-  const uint8_t* unit_;
-  const float* scale_inv_;
-  int64_t cols_;
-  int rows_;  // from this thread's first
-};
+constexpr int64_t kEnoughBlocks = 2048;
 
 __device__ __forceinline__ bool is_zero(uint4 unit) {
   return ((unit.x | unit.y | unit.z | unit.w) & 0x7F7F7F7Fu) == 0;
@@ -110,7 +58,7 @@ __global__ void __launch_bounds__(kThreads, 4)
   uint8_t* rows_out = out + place.offset + static_cast<int64_t>(first_tile) * kBlock * place.stride;
   const ColumnShare share;
 
-  Source source(data, scale_inv, cols, rows, first_tile);
+  TileSource source(data, scale_inv, cols, rows, first_tile);
   Loaded loaded;
   source.load(loaded);
   for (int column_tile = first_tile; column_tile < end_tile; ++column_tile) {
@@ -143,13 +91,6 @@ __global__ void __launch_bounds__(kThreads, 4)
   }
 }
 
-// Column tiles for each thread block: as many as leave every multiprocessor some blocks.
-int tiles_per_block(int64_t column_tiles, int64_t row_tiles) {
-  constexpr int64_t kEnoughBlocks = 2048;
-  const int64_t most = std::min<int64_t>(kMostTiles, column_tiles * row_tiles / kEnoughBlocks);
-  return static_cast<int>(std::max<int64_t>(1, most));
-}
-
 }  // namespace
 
 Status requantize_tiles(const RequantizeTiles& launch) {
@@ -162,7 +103,7 @@ Status requantize_tiles(const RequantizeTiles& launch) {
   const Status tiled = check_tiles("requantize_tiles", launch.experts, cols, {launch.data, launch.out});
   if (!tiled.is_ok()) return tiled;
   const int64_t column_tiles = cols / kBlock, row_tiles = launch.experts.max_tiles();
-  const int per_block = tiles_per_block(column_tiles, row_tiles);
+  const int per_block = tiles_per_block(column_tiles, row_tiles, kEnoughBlocks);
   const dim3 grid(static_cast<unsigned int>((column_tiles + per_block - 1) / per_block),
                   static_cast<unsigned int>(row_tiles));
   requantize<<<grid, kThreads, 0, launch.stream>>>(launch.data, launch.scale_inv, cols, per_block,
