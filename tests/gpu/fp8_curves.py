@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from moe_ep import machine
-from moe_ep.recipes.config import with_fp8
+from moe_ep.recipes.config import TrainConfig, with_fp8
 from moe_ep.recipes.metrics import METRICS_FILE, read_metrics
 from moe_ep.recipes.presets import get_preset
 from moe_ep.recipes.train import train
@@ -33,16 +33,19 @@ WARM = 20
 """Steps that don't count for the speed."""
 
 
-def run(preset: str, steps: int, learning_rate: float, folder: str) -> dict[str, Any]:
-    """Train three times on the ranks of the default group; on each rank, what `write` takes."""
+def run(preset: str, steps: int, learning_rate: float, seeds: int, folder: str) -> dict[str, Any]:
+    """Train on the ranks of the default group, by each of the first ``seeds`` seeds; on each rank, what `write` takes.
+
+    Losses and differences are means over the seeds; ``by_seed`` has FP8's differences of each.
+    """
     results: dict[str, Any] = {
         "preset": preset,
         "learning_rate": learning_rate,
+        "seeds": seeds,
         "ranks": dist.get_world_size(),
         "machine": machine.facts(
             torch.device("cuda", torch.cuda.current_device()), "tests/gpu/test_fp8_training.py"
         ),
-        "runs": {},
     }
     config = get_preset(preset)
     config = dataclasses.replace(
@@ -53,23 +56,45 @@ def run(preset: str, steps: int, learning_rate: float, folder: str) -> dict[str,
         AGAIN: dataclasses.replace(config, accumulate=2 * config.accumulate),
         FP8: with_fp8(config),
     }
-    for name, each in configs.items():
-        out = Path(folder, name)
-        result = train(each, out)
-        dist.barrier()
-        records = [record for record in read_metrics(out / METRICS_FILE) if record["kind"] == "train"]
-        speeds = [record["tokens_per_s"] for record in records[WARM:]]
-        results["runs"][name] = {
-            "loss": [record["loss"] for record in records],
-            "tokens_per_s": statistics.median(speeds),
-            "valid_loss": result.valid_loss,
-            "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
-        }
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-    losses = {name: run["loss"] for name, run in results["runs"].items()}
-    results["differences"] = {name: differences(losses[PLAIN], losses[name]) for name in (AGAIN, FP8)}
+    runs = {
+        name: [
+            _train(dataclasses.replace(each, seed=seed), Path(folder, f"{name} {seed}"))
+            for seed in range(seeds)
+        ]
+        for name, each in configs.items()
+    }
+    results["runs"] = {name: _mean(of_seeds) for name, of_seeds in runs.items()}
+    by_seed = {
+        name: [differences(a["loss"], b["loss"]) for a, b in zip(runs[PLAIN], runs[name], strict=True)]
+        for name in (AGAIN, FP8)
+    }
+    results["by_seed"] = by_seed[FP8]
+    results["differences"] = {name: _mean(of_seeds) for name, of_seeds in by_seed.items()}
     return results
+
+
+def _train(config: TrainConfig, out: Path) -> dict[str, Any]:
+    result = train(config, out)
+    dist.barrier()
+    records = [record for record in read_metrics(out / METRICS_FILE) if record["kind"] == "train"]
+    peak_gib = torch.cuda.max_memory_allocated() / 2**30
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    return {
+        "loss": [record["loss"] for record in records],
+        "tokens_per_s": statistics.median(record["tokens_per_s"] for record in records[WARM:]),
+        "valid_loss": result.valid_loss,
+        "peak_gib": peak_gib,
+    }
+
+
+def _mean(values: list[Any]) -> Any:
+    """Of numbers, or lists or dicts of them, element by element."""
+    if isinstance(values[0], dict):
+        return {key: _mean([value[key] for value in values]) for key in values[0]}
+    if isinstance(values[0], list):
+        return [statistics.fmean(each) for each in zip(*values, strict=True)]
+    return statistics.fmean(values)
 
 
 def differences(wanted: list[float], got: list[float]) -> list[float]:
