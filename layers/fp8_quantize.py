@@ -17,7 +17,7 @@ a quarter faster than columns by columns.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -133,26 +133,12 @@ class Fp8Weight:
 
 def requantize_columns(tokens: Fp8Tokens, groups: RowGroups) -> Fp8Columns:
     """Rows ``[N, C]`` by column, for a product over the rows of each expert."""
-    kernels = _kernels(tokens.data, tokens.shape[1])
-    if kernels is None or any(size % COLUMN_ALIGNMENT for size in groups.splits):
+    kernels = _kernels_for_columns(tokens, groups)
+    if kernels is None:
         return requantize_columns_torch(tokens, groups)
-    (num_rows, num_columns), device = tokens.shape, tokens.device
-    num_padded = sum(padded_splits(groups))
-    data = torch.empty(num_padded * num_columns, dtype=torch.float8_e4m3fn, device=device)
-    scale_inv = torch.empty(num_padded // BLOCK, num_columns, dtype=torch.float32, device=device)
-    with torch.cuda.device(device):
-        kernels.requantize_columns(
-            data=tokens.data.data_ptr(),
-            scale_inv=tokens.scale_inv.data_ptr(),
-            rows=num_rows,
-            cols=num_columns,
-            counts=groups.tokens_per_expert.data_ptr(),
-            num_experts=len(groups.tokens_per_expert),
-            out=data.data_ptr(),
-            out_scale_inv=scale_inv.data_ptr(),
-            stream=torch.cuda.current_stream().cuda_stream,
-        )
-    return Fp8Columns(data, scale_inv)
+    num_blocks = sum(padded_splits(groups)) // BLOCK
+    scale_inv = tokens.scale_inv.new_empty(num_blocks, tokens.shape[1])
+    return Fp8Columns(_launch(kernels.requantize_columns, tokens, groups, scale_inv), scale_inv)
 
 
 def requantize_columns_torch(tokens: Fp8Tokens, groups: RowGroups) -> Fp8Columns:
@@ -170,26 +156,12 @@ def requantize_tiles(tokens: Fp8Tokens, groups: RowGroups) -> Fp8ColumnTiles:
 
     A tile's scale is the largest of its rows', rows of zeros aside.
     """
-    kernels = _kernels(tokens.data, tokens.shape[1])
-    if kernels is None or any(size % COLUMN_ALIGNMENT for size in groups.splits):
+    kernels = _kernels_for_columns(tokens, groups)
+    if kernels is None:
         return requantize_tiles_torch(tokens, groups)
-    num_rows, num_columns = tokens.shape
-    device = tokens.device
-    num_scales = num_columns // BLOCK * sum(map(_tiles_width, groups.splits))
-    data = torch.empty(sum(padded_splits(groups)) * num_columns, dtype=torch.float8_e4m3fn, device=device)
-    scale_inv = torch.empty(num_scales, dtype=torch.float32, device=device)
-    with torch.cuda.device(device):
-        kernels.requantize_tiles(
-            data=tokens.data.data_ptr(),
-            scale_inv=tokens.scale_inv.data_ptr(),
-            rows=num_rows,
-            cols=num_columns,
-            counts=groups.tokens_per_expert.data_ptr(),
-            num_experts=len(groups.tokens_per_expert),
-            out=data.data_ptr(),
-            out_scale_inv=scale_inv.data_ptr(),
-            stream=torch.cuda.current_stream().cuda_stream,
-        )
+    num_columns = tokens.shape[1]
+    scale_inv = tokens.scale_inv.new_empty(num_columns // BLOCK * sum(map(_tiles_width, groups.splits)))
+    data = _launch(kernels.requantize_tiles, tokens, groups, scale_inv)
     return Fp8ColumnTiles(data, scale_inv, num_columns)
 
 
@@ -211,6 +183,34 @@ def requantize_tiles_torch(tokens: Fp8Tokens, groups: RowGroups) -> Fp8ColumnTil
         data.append(_pad_columns(columns.to(torch.float8_e4m3fn)))
         scale_inv.append(F.pad(largest.t(), (0, _tiles_width(end - start) - width)).flatten())
     return Fp8ColumnTiles(torch.cat(data), torch.cat(scale_inv), num_columns)
+
+
+def _kernels_for_columns(tokens: Fp8Tokens, groups: RowGroups) -> ModuleType | None:
+    kernels = _kernels(tokens.data, tokens.shape[1])
+    if kernels is None or any(size % COLUMN_ALIGNMENT for size in groups.splits):
+        return None
+    return kernels
+
+
+def _launch(
+    requantize: Callable[..., None], tokens: Fp8Tokens, groups: RowGroups, scale_inv: torch.Tensor
+) -> torch.Tensor:
+    """A kernel that turns rows into columns: their data, and their scales into ``scale_inv``."""
+    num_rows, num_columns = tokens.shape
+    data = tokens.data.new_empty(sum(padded_splits(groups)) * num_columns)
+    with torch.cuda.device(tokens.device):
+        requantize(
+            data=tokens.data.data_ptr(),
+            scale_inv=tokens.scale_inv.data_ptr(),
+            rows=num_rows,
+            cols=num_columns,
+            counts=groups.tokens_per_expert.data_ptr(),
+            num_experts=len(groups.tokens_per_expert),
+            out=data.data_ptr(),
+            out_scale_inv=scale_inv.data_ptr(),
+            stream=torch.cuda.current_stream().cuda_stream,
+        )
+    return data
 
 
 def transpose_scales(scale_inv: torch.Tensor, groups: RowGroups) -> torch.Tensor:

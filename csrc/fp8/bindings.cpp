@@ -7,8 +7,7 @@
 #include "fp8/dequantize_rowwise.h"
 #include "fp8/quantize_blocks.h"
 #include "fp8/quantize_rowwise.h"
-#include "fp8/requantize_columns.h"
-#include "fp8/requantize_tiles.h"
+#include "fp8/requantize.h"
 #include "fp8/transpose_scales.h"
 
 namespace py = pybind11;
@@ -18,6 +17,26 @@ namespace {
 
 Experts experts_of(Address counts, int num_experts, int64_t rows) {
   return {pointer<const int64_t>(counts), num_experts, rows};
+}
+
+void def_requantize(py::module_& module, const char* name, Status (*function)(const Requantize&),
+                    const char* documentation) {
+  module.def(
+      name,
+      [function](Address data, Address scale_inv, int64_t rows, int64_t cols, Address counts, int num_experts,
+                 Address out, Address out_scale_inv, Address stream) {
+        const Requantize launch{pointer<uint8_t>(data),
+                                pointer<float>(scale_inv),
+                                cols,
+                                experts_of(counts, num_experts, rows),
+                                pointer<uint8_t>(out),
+                                pointer<float>(out_scale_inv),
+                                pointer<CUstream_st>(stream)};
+        run([&] { return function(launch); });
+      },
+      py::kw_only(), py::arg("data"), py::arg("scale_inv"), py::arg("rows"), py::arg("cols"),
+      py::arg("counts"), py::arg("num_experts"), py::arg("out"), py::arg("out_scale_inv"), py::arg("stream"),
+      documentation);
 }
 
 }  // namespace
@@ -75,38 +94,10 @@ void bind(py::module_& module) {
       py::arg("data"), py::arg("scale_inv"), py::arg("scale_stride"), py::arg("transposed"),
       py::arg("transposed_scale_inv"), py::arg("transposed_scale_stride"), py::arg("stream"),
       "128x128 blocks of matrices, in FP8 E4M3 with a float32 scale each; as they are, transposed, or both.");
-  module.def(
-      "requantize_columns",
-      [](Address data, Address scale_inv, int64_t rows, int64_t cols, Address counts, int num_experts,
-         Address out, Address out_scale_inv, Address stream) {
-        const RequantizeColumns launch{pointer<uint8_t>(data),
-                                       pointer<float>(scale_inv),
-                                       cols,
-                                       experts_of(counts, num_experts, rows),
-                                       pointer<uint8_t>(out),
-                                       pointer<float>(out_scale_inv),
-                                       pointer<CUstream_st>(stream)};
-        run([&] { return requantize_columns(launch); });
-      },
-      py::kw_only(), py::arg("data"), py::arg("scale_inv"), py::arg("rows"), py::arg("cols"),
-      py::arg("counts"), py::arg("num_experts"), py::arg("out"), py::arg("out_scale_inv"), py::arg("stream"),
-      "From rows quantised in 1x128 blocks to columns of each expert's rows in blocks of 128.");
-  module.def(
-      "requantize_tiles",
-      [](Address data, Address scale_inv, int64_t rows, int64_t cols, Address counts, int num_experts,
-         Address out, Address out_scale_inv, Address stream) {
-        const RequantizeTiles launch{pointer<uint8_t>(data),
-                                     pointer<float>(scale_inv),
-                                     cols,
-                                     experts_of(counts, num_experts, rows),
-                                     pointer<uint8_t>(out),
-                                     pointer<float>(out_scale_inv),
-                                     pointer<CUstream_st>(stream)};
-        run([&] { return requantize_tiles(launch); });
-      },
-      py::kw_only(), py::arg("data"), py::arg("scale_inv"), py::arg("rows"), py::arg("cols"),
-      py::arg("counts"), py::arg("num_experts"), py::arg("out"), py::arg("out_scale_inv"), py::arg("stream"),
-      "From rows quantised in 1x128 blocks to columns of each expert's rows in tiles of 128x128.");
+  def_requantize(module, "requantize_columns", requantize_columns,
+                 "From rows quantised in 1x128 blocks to columns of each expert's rows in blocks of 128.");
+  def_requantize(module, "requantize_tiles", requantize_tiles,
+                 "From rows quantised in 1x128 blocks to columns of each expert's rows in tiles of 128x128.");
   module.def(
       "transpose_scales",
       [](Address scale_inv, int64_t rows, int64_t blocks, Address counts, int num_experts, Address out,

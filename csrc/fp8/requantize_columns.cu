@@ -1,7 +1,3 @@
-#include "fp8/requantize_columns.h"
-
-#include "fp8/checks.h"
-#include "fp8/experts.cuh"
 #include "fp8/formulas.cuh"
 #include "fp8/tile_source.cuh"
 
@@ -85,22 +81,8 @@ __global__ void __launch_bounds__(kThreads, 2)
 
 }  // namespace
 
-Status requantize_columns(const RequantizeColumns& launch) {
-  const int64_t rows = launch.experts.rows, cols = launch.cols;
-  const Status status = check_arguments(
-      "requantize_columns", rows, cols,
-      {launch.data, launch.scale_inv, launch.experts.counts, launch.out, launch.out_scale_inv},
-      "data, scale_inv, counts, out and out_scale_inv");
-  if (!status.is_ok() || rows == 0 || cols == 0) return status;
-  const Status tiled = check_tiles("requantize_columns", launch.experts, cols, {launch.data, launch.out});
-  if (!tiled.is_ok()) return tiled;
-  const int64_t column_tiles = cols / kBlock, row_tiles = launch.experts.max_tiles();
-  const int per_block = tiles_per_block(column_tiles, row_tiles, kEnoughBlocks);
-  const dim3 grid(static_cast<unsigned int>((column_tiles + per_block - 1) / per_block),
-                  static_cast<unsigned int>(row_tiles));
-  requantize<<<grid, kThreads, 0, launch.stream>>>(launch.data, launch.scale_inv, cols, per_block,
-                                                   launch.experts, launch.out, launch.out_scale_inv);
-  return Status::from_cuda(cudaGetLastError(), "launching requantize_columns");
+Status requantize_columns(const Requantize& launch) {
+  return launch_over_tiles("requantize_columns", launch, kEnoughBlocks, requantize);
 }
 
 }  // namespace moe_ep::fp8

@@ -4,7 +4,9 @@
 #include <cstdint>
 
 #include "fp8/byte_tile.cuh"
+#include "fp8/checks.h"
 #include "fp8/experts.cuh"
+#include "fp8/requantize.h"
 
 namespace moe_ep::fp8 {
 
@@ -60,10 +62,28 @@ class TileSource {
   int rows_;  // from this thread's first
 };
 
-// Column tiles for each thread block: as many as leave enough blocks for all multiprocessors.
-inline int tiles_per_block(int64_t column_tiles, int64_t row_tiles, int64_t enough_blocks) {
-  constexpr int64_t kMost = 8;
-  return static_cast<int>(std::max<int64_t>(1, std::min(kMost, column_tiles * row_tiles / enough_blocks)));
+// Launches a kernel whose thread blocks have up to 8 column tiles each, as many as leave at least
+// `enough_blocks` of them: enough for all multiprocessors.
+template <typename Kernel>
+Status launch_over_tiles(const char* function, const Requantize& launch, int64_t enough_blocks,
+                         Kernel* kernel) {
+  constexpr int64_t kMostTiles = 8;
+  const int64_t rows = launch.experts.rows, cols = launch.cols;
+  const Status status = check_arguments(
+      function, rows, cols,
+      {launch.data, launch.scale_inv, launch.experts.counts, launch.out, launch.out_scale_inv},
+      "data, scale_inv, counts, out and out_scale_inv");
+  if (!status.is_ok() || rows == 0 || cols == 0) return status;
+  const Status tiled = check_tiles(function, launch.experts, cols, {launch.data, launch.out});
+  if (!tiled.is_ok()) return tiled;
+  const int64_t column_tiles = cols / kBlock, row_tiles = launch.experts.max_tiles();
+  const int64_t most = std::min(kMostTiles, column_tiles * row_tiles / enough_blocks);
+  const int tiles_per_block = static_cast<int>(std::max<int64_t>(1, most));
+  const dim3 grid(static_cast<unsigned int>((column_tiles + tiles_per_block - 1) / tiles_per_block),
+                  static_cast<unsigned int>(row_tiles));
+  kernel<<<grid, kThreads, 0, launch.stream>>>(launch.data, launch.scale_inv, cols, tiles_per_block,
+                                               launch.experts, launch.out, launch.out_scale_inv);
+  return Status::from_cuda(cudaGetLastError(), function);
 }
 
 }  // namespace moe_ep::fp8
