@@ -123,6 +123,39 @@ def test_refusals_of_the_router_and_of_deep_eps_numbers(module):
         numbers.fill_columns([(place, place, place, 1, 1, 1, numbers.How.copy, 0, 0)], 0)
 
 
+@pytest.mark.parametrize("name", ["requantize_columns", "requantize_tiles"])
+def test_refusals_of_kernels_that_turn_rows_into_columns(module, name):
+    names = ("data", "scale_inv", "counts", "out", "out_scale_inv")
+    arguments = {**dict.fromkeys(names, 16), "rows": 128, "cols": 256, "num_experts": 1, "stream": 0}
+    requantize = getattr(module, name)
+    requantize(**{**arguments, "rows": 0})
+    for argument, (value, message) in {
+        "cols": (100, "cols must be a multiple of 128, got 100"),
+        "rows": (-1, "rows and cols must be >= 0, got -1 and 256"),
+        "counts": (0, "must not be null for 128 x 256 elements"),
+        "out": (8, "16-byte aligned"),
+        "num_experts": (0, "128 rows of 0 experts"),
+    }.items():
+        with pytest.raises(ValueError, match=f"{name}: .*{message}"):
+            requantize(**{**arguments, argument: value})
+
+
+def test_refusals_of_the_rank_layouts_kernels(module):
+    kernels = module.rank_layout
+    sizes = {"rows": 4, "num_topk": 2, "num_experts": 3, "alignment": 1, "num_slots": 8}
+    addresses = ("topk_idx", "counts", "slots", "gaps", "tokens_per_expert", "stream")
+    with pytest.raises(ValueError, match="num_experts must be 1 to 1024, got 2000"):
+        kernels.number(**{**sizes, "num_experts": 2000}, **dict.fromkeys(addresses, 0))
+    with pytest.raises(ValueError, match="got 4, 8, 2 and 0"):
+        kernels.number(**{**sizes, "alignment": 0}, **dict.fromkeys(addresses, 0))
+    numbers = ("slots", "weights", "to_weights", "stream")
+    rows = {"rows": 4, "num_topk": 2, "from_rows": 16, "to_rows": 16, "dtype": module.DType.float32}
+    with pytest.raises(ValueError, match="a multiple of 16 bytes, got 24 bytes"):
+        kernels.reduce(**rows, row_bytes=24, **dict.fromkeys(numbers, 0))
+    with pytest.raises(ValueError, match="num_topk 1 to 32, got 4 and 33"):
+        kernels.reduce(**{**rows, "num_topk": 33}, row_bytes=32, **dict.fromkeys(numbers, 0))
+
+
 def test_a_failed_launch_is_a_runtime_error(module):
     with pytest.raises(RuntimeError, match="launching quantize_rowwise: cudaError"):
         module.quantize_rowwise(
