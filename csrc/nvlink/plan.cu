@@ -1,12 +1,12 @@
 #include "nvlink/plan.h"
 
 #include "nvlink/plan_tables.h"
+#include "nvlink/routing.cuh"
 #include "nvlink/sync.cuh"
 
 namespace moe_ep::nvlink {
 namespace {
 
-constexpr int kThreads = 512;
 constexpr int kWords = kTokensPerBlock / 32;  // of a bit mask over a block of tokens
 
 // One bit for each token of a block.
@@ -53,131 +53,6 @@ struct Shared {
   }
 };
 
-struct Header {
-  int num_tokens;
-  int bad;
-};
-
-__device__ __forceinline__ Header* header_of(const Group& group, int at_rank, int of) {
-  return reinterpret_cast<Header*>(group.windows[at_rank] + group.at.headers) + of;
-}
-
-__device__ __forceinline__ const int16_t* routing_of(const Group& group, int source) {
-  return reinterpret_cast<const int16_t*>(group.windows[group.rank] + group.at.routing +
-                                          source * group.at.routing_bytes);
-}
-
-// What rank `of` notes for rank `at_rank`: tokens for each rank, rows for each expert of `at_rank`.
-__device__ __forceinline__ int* notes_of(const Group& group, const Plan& plan, int at_rank, int of) {
-  return reinterpret_cast<int*>(group.windows[at_rank] + group.at.routing +
-                                (of + 1) * group.at.routing_bytes - plan.notes.bytes(group));
-}
-
-__device__ __forceinline__ int most_tokens(const Group& group, const Plan& plan) {
-  return plan.notes.per_rank == nullptr ? group.max_tokens : plan.notes.max_tokens;
-}
-
-__device__ __forceinline__ uint64_t* signal(const Group& group, int at_rank, int64_t where, int of) {
-  return reinterpret_cast<uint64_t*>(group.windows[at_rank] + where) + of;
-}
-
-__device__ __forceinline__ int64_t load_id(const Plan& plan, int64_t at) {
-  return plan.is_int64 ? static_cast<const int64_t*>(plan.topk_idx)[at]
-                       : static_cast<const int*>(plan.topk_idx)[at];
-}
-
-// Whether an earlier k of the token names this expert, `at` being a place in topk_idx.
-__device__ bool is_repeated(const Group& group, const Plan& plan, int64_t at, int64_t id) {
-  bool repeated = false;
-  for (int64_t k = at / group.num_topk * group.num_topk; k < at; ++k) repeated |= load_id(plan, k) == id;
-  return repeated;
-}
-
-constexpr int kIds = 8;  // 16 bytes as they are sent
-
-// The ids from `first` on as they are sent: -1 for what is not an expert, and for what an earlier k names
-// already.
-__device__ bool checked_ids(const Group& group, const Plan& plan, int64_t first, int64_t count,
-                            int16_t (&ids)[kIds]) {
-  const int num_topk = group.num_topk;
-  const bool whole_tokens = kIds % num_topk == 0;
-  int64_t given[kIds];
-  bool bad = false;
-#pragma unroll
-  for (int i = 0; i < kIds; ++i) given[i] = first + i < count ? load_id(plan, first + i) : -1;
-#pragma unroll
-  for (int i = 0; i < kIds; ++i) {
-    bool is_expert = given[i] >= 0 && given[i] < group.num_experts;
-    bad |= !is_expert && given[i] != -1;
-    if (is_expert && whole_tokens) {
-#pragma unroll
-      for (int j = 0; j < i; ++j) {
-        if (j >= i / num_topk * num_topk && given[j] == given[i]) {
-          bad = true;
-          is_expert = false;
-        }
-      }
-    } else if (is_expert && is_repeated(group, plan, first + i, given[i])) {
-      bad = true;
-      is_expert = false;
-    }
-    ids[i] = static_cast<int16_t>(is_expert ? given[i] : -1);
-  }
-  return bad;
-}
-
-__device__ void send_notes(const Group& group, const Plan& plan) {
-  const Notes& notes = plan.notes;
-  const int experts = notes.experts_of_rank(group), words = group.size + experts;
-  for (int i = blockIdx.x * kThreads + threadIdx.x; i < group.size * words; i += gridDim.x * kThreads) {
-    const int peer = i / words, word = i % words;
-    notes_of(group, plan, peer, group.rank)[word] =
-        word < group.size ? notes.per_rank[word] : notes.per_expert[peer * experts + word - group.size];
-  }
-}
-
-// Writes this rank's routing into every window.
-__device__ bool send_routing(const Group& group, const Plan& plan, uint64_t number) {
-  __shared__ unsigned int bad_ids;
-  bool ready = true;
-  if (threadIdx.x == 0) bad_ids = 0;
-  if (threadIdx.x < group.size) {
-    const int peer = threadIdx.x;
-    ready = wait_for(signal(group, group.rank, group.at.routing_drained, peer), number, group,
-                     Phase::send_routing, peer);
-  }
-  if (!__syncthreads_and(ready)) return false;
-
-  if (plan.notes.per_rank != nullptr) send_notes(group, plan);
-  const int num_tokens = plan.num_tokens <= most_tokens(group, plan) ? plan.num_tokens : 0;
-  const int64_t count = static_cast<int64_t>(num_tokens) * group.num_topk;
-  const int64_t pieces = (count + kIds - 1) / kIds;
-  bool bad = false;
-  for (int64_t piece = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; piece < pieces;
-       piece += static_cast<int64_t>(gridDim.x) * kThreads) {
-    union {
-      int16_t ids[kIds];
-      uint4 word;
-    };
-    bad |= checked_ids(group, plan, piece * kIds, count, ids);
-    for (int i = 0; i < group.size; ++i) {
-      const int peer = (group.rank + i) % group.size;
-      char* to = group.windows[peer] + group.at.routing + group.rank * group.at.routing_bytes;
-      reinterpret_cast<uint4*>(to)[piece] = word;
-    }
-  }
-  if (bad) atomicOr(&bad_ids, 1u);
-  __syncthreads();
-  if (threadIdx.x == 0 && bad_ids) atomicOr(&group.workspace->bad_ids, 1u);
-  if (is_last_block<true>(&group.workspace->blocks_sent) && threadIdx.x < group.size) {
-    const int peer = threadIdx.x;
-    *header_of(group, peer, group.rank) = {plan.num_tokens,
-                                           static_cast<int>(load_volatile(&group.workspace->bad_ids))};
-    store_release(signal(group, peer, group.at.routing_arrived, group.rank), number + 1);
-  }
-  return true;
-}
-
 // Sets the masks of the block of tokens that begins at `first` of rank `source`, and keeps its ids.
 __device__ void read_block(const Group& group, const Plan& plan, const Shared& shared, int source,
                            int first) {
@@ -186,11 +61,11 @@ __device__ void read_block(const Group& group, const Plan& plan, const Shared& s
   const int num_tokens = given <= most_tokens(group, plan) ? given : 0;
   const int entries = max(0, min(kTokensPerBlock, num_tokens - first)) * group.num_topk;
   __syncthreads();
-  for (int i = threadIdx.x; i < columns * kWords; i += kThreads)
+  for (int i = threadIdx.x; i < columns * kWords; i += kPlanThreads)
     shared.masks[i / kWords].words[i % kWords] = 0;
   __syncthreads();
   const int16_t* ids = routing_of(group, source) + static_cast<int64_t>(first) * group.num_topk;
-  for (int i = threadIdx.x; i < kTokensPerBlock * group.num_topk; i += kThreads) {
+  for (int i = threadIdx.x; i < kTokensPerBlock * group.num_topk; i += kPlanThreads) {
     const int id = i < entries ? __ldcg(ids + i) : -1;
     shared.ids[i] = static_cast<int16_t>(id);
     if (id < 0) continue;
@@ -231,14 +106,14 @@ __device__ void add_counts(const Group& group, const Plan& plan, const Shared& s
                            int first_row) {
   const int columns = count_columns(group.size, group.num_local), per_rank = token_blocks(group.max_tokens);
   const int arrivals = group.num_local;
-  for (int i = threadIdx.x; i < columns; i += kThreads) shared.before[i] = shared.total[i] = 0;
-  for (int i = threadIdx.x; i <= group.size; i += kThreads) shared.sources[i] = 0;
+  for (int i = threadIdx.x; i < columns; i += kPlanThreads) shared.before[i] = shared.total[i] = 0;
+  for (int i = threadIdx.x; i <= group.size; i += kPlanThreads) shared.sources[i] = 0;
   __syncthreads();
   const int stride = (columns + 31) / 32 * 32;
-  const int parts = max(1, kThreads / stride);
+  const int parts = max(1, kPlanThreads / stride);
   const int part = threadIdx.x / stride;
   const int rows = group.size * per_rank;
-  for (int column = threadIdx.x % stride; column < columns && part < parts; column += kThreads) {
+  for (int column = threadIdx.x % stride; column < columns && part < parts; column += kPlanThreads) {
     int total = 0, before = 0;
 #pragma unroll 8
     for (int row = part; row < rows; row += parts) {
@@ -266,7 +141,7 @@ __device__ void add_counts(const Group& group, const Plan& plan, const Shared& s
 __device__ void number_rows(const Group& group, const Plan& plan, const PlanTables& tables,
                             const Shared& shared, int source, int first) {
   const int arrivals = group.num_local, num_topk = group.num_topk;
-  for (int i = threadIdx.x; i < kTokensPerBlock * num_topk; i += kThreads) {
+  for (int i = threadIdx.x; i < kTokensPerBlock * num_topk; i += kPlanThreads) {
     const int in_block = i / num_topk, k = i % num_topk;
     const int16_t* ids = shared.ids + in_block * num_topk;
     const int id = ids[k];
@@ -316,14 +191,14 @@ __device__ void number_rows(const Group& group, const Plan& plan, const PlanTabl
 
 __device__ void write_sums(const Group& group, const Plan& plan, const PlanTables& tables,
                            const Shared& shared) {
-  for (int i = threadIdx.x; i < group.num_local; i += kThreads) {
+  for (int i = threadIdx.x; i < group.num_local; i += kPlanThreads) {
     tables.expert_count[i] = shared.total[i];
     plan.tokens_per_expert[i] = shared.total[i];
     plan.padded_tokens_per_expert[i] =
         plan.expert_layout ? shared.begin[i + 1] - shared.begin[i] : shared.total[i];
   }
-  for (int i = threadIdx.x; i <= group.num_local; i += kThreads) tables.expert_begin[i] = shared.begin[i];
-  for (int i = threadIdx.x; i <= group.size; i += kThreads) {
+  for (int i = threadIdx.x; i <= group.num_local; i += kPlanThreads) tables.expert_begin[i] = shared.begin[i];
+  for (int i = threadIdx.x; i <= group.size; i += kPlanThreads) {
     tables.recv_start[i] = shared.sources[i];
     if (i == group.size) break;
     tables.recv_count[i] = shared.sources[i + 1] - shared.sources[i];
@@ -344,7 +219,7 @@ __device__ void write_sums(const Group& group, const Plan& plan, const PlanTable
 // To the host.
 __device__ void report_notes(const Group& group, const Plan& plan) {
   const Notes& notes = plan.notes;
-  for (int expert = threadIdx.x; expert < notes.experts_of_rank(group); expert += kThreads) {
+  for (int expert = threadIdx.x; expert < notes.experts_of_rank(group); expert += kPlanThreads) {
     int64_t rows = 0;
     for (int source = 0; source < group.size; ++source) {
       rows += __ldcg(notes_of(group, plan, group.rank, source) + group.size + expert);
@@ -366,7 +241,7 @@ __device__ void finish(const Group& group, const Plan& plan, const Shared& share
   HostRecord* host = group.host;
   if (plan.ticket) {
     if (plan.notes.per_rank != nullptr) report_notes(group, plan);
-    for (int i = threadIdx.x; i < group.num_local; i += kThreads)
+    for (int i = threadIdx.x; i < group.num_local; i += kPlanThreads)
       host->tokens_per_expert[i] = shared.total[i];
     if (threadIdx.x < sizeof(host->bad_ranks) / 8) {
       unsigned long long bad = 0;
@@ -416,7 +291,7 @@ __device__ bool make_plan(const Group& group, const Plan& plan, const Shared& sh
   int* counts = reinterpret_cast<int*>(reinterpret_cast<char*>(workspace) + align16(sizeof(Workspace)));
   for (int row = first_row; row < end_row; ++row) {
     read_block(group, plan, shared, row / per_rank, row % per_rank * kTokensPerBlock);
-    for (int i = threadIdx.x; i < columns; i += kThreads) {
+    for (int i = threadIdx.x; i < columns; i += kPlanThreads) {
       counts[static_cast<int64_t>(row) * columns + i] = shared.masks[i].count();
     }
   }
@@ -450,18 +325,18 @@ __device__ bool make_plan(const Group& group, const Plan& plan, const Shared& sh
     __syncthreads();
     // Arrivals are counted for each source alone.
     const bool next_source = (row + 1) % per_rank == 0;
-    for (int i = threadIdx.x; i < columns; i += kThreads) {
+    for (int i = threadIdx.x; i < columns; i += kPlanThreads) {
       shared.before[i] = i == group.num_local && next_source ? 0 : shared.before[i] + shared.masks[i].count();
     }
   }
   if (!plan.expert_layout && plan.fixed_rows) {
     const int64_t end = plan.max_rows * group.num_topk;
-    for (int64_t i = static_cast<int64_t>(needed) * group.num_topk + blockIdx.x * kThreads + threadIdx.x;
-         i < end; i += static_cast<int64_t>(gridDim.x) * kThreads) {
+    for (int64_t i = static_cast<int64_t>(needed) * group.num_topk + blockIdx.x * kPlanThreads + threadIdx.x;
+         i < end; i += static_cast<int64_t>(gridDim.x) * kPlanThreads) {
       plan.ids[i] = -1;
     }
-    for (int i = needed + blockIdx.x * kThreads + threadIdx.x; i < group.size * group.max_tokens;
-         i += gridDim.x * kThreads) {
+    for (int i = needed + blockIdx.x * kPlanThreads + threadIdx.x; i < group.size * group.max_tokens;
+         i += gridDim.x * kPlanThreads) {
       tables.sources[i] = -1;
     }
   }
@@ -472,8 +347,8 @@ __device__ bool make_plan(const Group& group, const Plan& plan, const Shared& sh
 // No rows for any expert. Where sizes are fixed the host has not seen that the call failed when it launches
 // what comes next, which may not stand numbers that nobody wrote.
 __device__ void leave_empty(const Group& group, const Plan& plan) {
-  const int64_t first = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  const int64_t threads = static_cast<int64_t>(gridDim.x) * kThreads;
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * kPlanThreads + threadIdx.x;
+  const int64_t threads = static_cast<int64_t>(gridDim.x) * kPlanThreads;
   for (int64_t i = first; i < group.num_local; i += threads) {
     plan.tokens_per_expert[i] = plan.padded_tokens_per_expert[i] = 0;
   }
@@ -482,7 +357,7 @@ __device__ void leave_empty(const Group& group, const Plan& plan) {
   for (int64_t i = first; i < plan.max_rows * group.num_topk; i += threads) plan.ids[i] = -1;
 }
 
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(kPlanThreads, 1)
     plan_kernel(const __grid_constant__ Group group, const __grid_constant__ Plan plan) {
   extern __shared__ __align__(16) char memory[];
   const Shared shared(memory, group.size, group.num_local);
@@ -505,7 +380,7 @@ Status launch_plan(const Group& group, const Plan& plan) {
   const Status status =
       allow_shared_memory(reinterpret_cast<const void*>(&plan_kernel), static_cast<int>(shared_bytes));
   if (!status.is_ok()) return status;
-  plan_kernel<<<plan.num_sms, kThreads, shared_bytes, plan.stream>>>(group, plan);
+  plan_kernel<<<plan.num_sms, kPlanThreads, shared_bytes, plan.stream>>>(group, plan);
   return Status::from_cuda(cudaGetLastError(), "launching the plan kernel");
 }
 
