@@ -30,7 +30,7 @@ from moe_ep.streams import named_range
 
 from .feed_forward import SharedExperts
 from .lanes import free_sms
-from .token_dispatcher import TokenDispatcher
+from .token_dispatcher import OVERLAPPED_LAYOUT, TokenDispatcher
 
 
 def run_overlapped(
@@ -66,7 +66,7 @@ def run_overlapped(
         # An asynchronous call waits for what the current stream has been given. Called from its own stream it waits
         # for nothing but the tokens, not for the experts that should run beside it.
         with torch.cuda.stream(stream):
-            return dispatcher.dispatch_async(*chunk, num_sms=num_sms, **options)
+            return dispatcher.dispatch_async(*chunk, layout=OVERLAPPED_LAYOUT, num_sms=num_sms, **options)
 
     computing = torch.cuda.current_stream(x_TH.device) if x_TH.is_cuda else None
     activation_TF: torch.Tensor | None = None

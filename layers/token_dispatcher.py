@@ -59,7 +59,7 @@ class TokenDispatcher(nn.Module):
         topk_idx_TK: torch.Tensor,
         topk_weights_TK: torch.Tensor,
         *,
-        layout: str | None = OVERLAPPED_LAYOUT,
+        layout: str | None = None,
         num_sms: int | None = None,
         meanwhile: Callable[[], object] | None = None,
     ) -> tuple[moe_ep.DispatchOutput, moe_ep.Event]:

@@ -182,3 +182,18 @@ def test_rows_that_lack_room_are_reported_once(how):
     assert ranks(CONFIG, 2, fn) == [False, False]
     room = 9
     assert ranks(CONFIG, 2, fn) == [True, True]
+
+
+def test_asynchronous_dispatch_has_the_configs_layout():
+    def fn(comm):
+        x = torch.randn(6, CONFIG.hidden)
+        ids, weights = torch.rand(6, CONFIG.num_experts).argsort(1)[:, : CONFIG.num_topk], torch.rand(6, 3)
+        outs = []
+        for layout in ("expert", "rank"):
+            dispatcher = TokenDispatcher(dataclasses.replace(CONFIG, layout=layout), comm)
+            out, event = dispatcher.dispatch_async(x, ids, weights)
+            event.wait()
+            outs.append((out.handle.layout, out.weights.dim()))
+        return outs
+
+    assert ranks(CONFIG, 2, fn) == [[("expert", 1), ("rank", 2)]] * 2
