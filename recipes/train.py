@@ -192,6 +192,8 @@ def _train(
             if world_size > 1:
                 dist.all_reduce(totals)
             mean_loss, interrupted = totals[0].item() / world_size, totals[1].item() > 0
+            if config.model.max_recv_rows is not None:
+                model.raise_if_overflow()
             bad_steps = 0 if math.isfinite(norm) else bad_steps + 1
             if bad_steps == MAX_BAD_STEPS:
                 raise RecipeError(

@@ -4,13 +4,18 @@ import io
 import json
 import math
 
+import miniature
 import pytest
+from miniature import MODEL
 
+from moe_ep.errors import ReceiveOverflowError
+from moe_ep.recipes.config import with_model
 from moe_ep.recipes.metrics import METRICS_FILE, MetricsLog, read_metrics
 from moe_ep.recipes.plots import draw_plots
 from moe_ep.recipes.presets import get_preset
 from moe_ep.recipes.progress import LiveProgress, PlainProgress, SilentProgress, make_progress
 from moe_ep.recipes.summary import describe_result, number, resume_command
+from moe_ep.recipes.train import train
 
 VALUES = {"loss": 2.5, "lr": 1e-3, "tokens_per_s": 12345.0, "balance": 1.25}
 
@@ -141,3 +146,10 @@ def test_resume_command(monkeypatch, tmp_path):
 
 def test_number():
     assert [number(v) for v in (999, 1_662_848, 682.6e9)] == ["999", "1.66 M", "683 B"]
+
+
+def test_a_run_ends_where_rows_would_be_lost(tmp_path):
+    config = miniature.miniature(miniature.write_text(tmp_path / "text.txt"), steps=2)
+    train(with_model(config, max_recv_rows=128 * MODEL.num_topk), tmp_path / "room")
+    with pytest.raises(ReceiveOverflowError, match="max_recv_rows=64"):
+        train(with_model(config, max_recv_rows=64), tmp_path / "none")
