@@ -62,12 +62,12 @@ class _Settings(NamedTuple):
 
     @classmethod
     def now(cls) -> _Settings:
-        return cls(torch._C._get_sm_carveout_experimental(), torch._C._get_blas_preferred_backend())
+        return cls(torch._C._get_sm_carveout_experimental(), torch.backends.cuda.preferred_blas_library())
 
     def set(self) -> None:
         torch._C._set_sm_carveout_experimental(self.num_sms)
-        if self.library != torch._C._get_blas_preferred_backend():
-            torch._C._set_blas_preferred_backend(self.library)
+        if self.library != torch.backends.cuda.preferred_blas_library():
+            torch.backends.cuda.preferred_blas_library(self.library)
 
 
 _LIBRARY = torch._C._BlasBackend.Cublaslt if torch.version.cuda is not None else None

@@ -2,16 +2,14 @@
 
 import pytest
 import torch
+from gpu.machine import needs_gpu
 from launched import kernels_of
 
 from moe_ep.layers import GroupedExperts, ModelConfig, ParallelGroups, Router, build_model, swiglu
 from moe_ep.layers.feed_forward import swiglu as activate
 from moe_ep.layers.grouped_matmul import grouped_matmul, uses_grouped_mm
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
-]
+pytestmark = needs_gpu
 
 
 @pytest.mark.parametrize("splits", [[128, 0, 77, 3], [0, 0, 0, 5], [0, 40, 0, 0], [0, 0, 0, 0]])

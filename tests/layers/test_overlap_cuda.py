@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from gpu.machine import needs_gpu
 from overlap_cases import CONFIG, RowByRow, make_input, run
 from overlap_stress import (
     HOW,
@@ -33,10 +34,7 @@ from moe_ep.testing import run_ranks
 os.environ.setdefault("CUDA_MODULE_LOADING", "EAGER")
 os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
-]
+pytestmark = needs_gpu
 
 NUM_RANKS = 2
 STEPS = int(os.environ.get("OVERLAP_STEPS", "2000"))

@@ -2,15 +2,13 @@
 
 import pytest
 import torch
+from gpu.machine import needs_gpu
 from launched import kernels_of
 
 from moe_ep import Fp8Tokens, _extension, fp8
 from moe_ep.layers.rank_layout import expand_rows, order_by_expert, reduce_rows
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
-]
+pytestmark = needs_gpu
 
 # (rows, top-k, experts here, of all)
 SHAPES = [

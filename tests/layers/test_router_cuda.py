@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from gpu.machine import needs_gpu
 from launched import kernels_of
 
 from moe_ep import _extension
@@ -9,10 +10,7 @@ from moe_ep.layers import ModelConfig, Router, router_kernels
 from moe_ep.layers.routing import balance_loss, choose_experts, count_highest, scores_of, weigh_experts
 
 DEVICE = "cuda"
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
-]
+pytestmark = needs_gpu
 
 # (experts, groups, groups chosen, top-k)
 SHAPES = [
