@@ -13,7 +13,6 @@ from moe_ep.functional import combine_backward, dispatch_backward
 from moe_ep.streams import named_range
 
 from .lanes import Lanes
-from .token_dispatcher import OVERLAPPED_LAYOUT
 from .transformer import TransformerBlock
 from .weight_gradients import WeightGradStore
 
@@ -97,7 +96,7 @@ class BlockPass:
 
         def call():
             routing = routed.topk_idx, routed.topk_weights.detach()
-            out = dispatcher.dispatch(x, *routing, layout=OVERLAPPED_LAYOUT, num_sms=num_sms)
+            out = dispatcher.dispatch(x, *routing, num_sms=num_sms)
             tokens = [out.tokens] if fp8 is None else [out.tokens.data, out.tokens.scale_inv]
             return out, [*tokens, out.weights, *out.handle.state]
 

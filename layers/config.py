@@ -46,10 +46,11 @@ class ModelConfig:
     ``fp8_shared``: so does the shared expert; ``keep_fp8_weights`` for them.
 
     Moving tokens, as in ``moe_ep.dispatch``: ``layout``, ``expert_alignment``, ``fp8`` (None or "blockwise"),
-    ``max_recv_rows`` (None: exact sizes); and as in ``moe_ep.combine``, ``fp8_backward`` (None or
-    "blockwise"). ``overlap_chunks``: 0 moves and computes in turn; 1 runs the shared expert while tokens
-    travel; n > 1 (2 to 4) also sends tokens through the experts in n chunks, one computed while others
-    travel. Each chunk is a dispatch of its own, with ``max_recv_rows`` rows if that is given.
+    ``max_recv_rows`` (None: exact sizes); with layout="rank", too, alignment and ``max_recv_rows`` are those of
+    the rows that experts get. As in ``moe_ep.combine``, ``fp8_backward`` (None or "blockwise").
+    ``overlap_chunks``: 0 moves and computes in turn; 1 runs the shared expert while tokens travel; n > 1 (2 to 4) also
+    sends tokens through the experts in n chunks, one computed while others travel. Each chunk is a dispatch of its own,
+    with ``max_recv_rows`` rows if that is given.
     ``overlap_num_sms``: multiprocessors of communication beside computation (None: the communicator's
     choice).
     """
@@ -218,12 +219,6 @@ class ModelConfig:
             _require(getattr(self, name) in (None, "blockwise"), self, name, "None or 'blockwise'")
         if self.fp8_experts is not None:
             _require(
-                self.layout == "expert",
-                self,
-                "layout",
-                "'expert' with fp8_experts, which take tokens as they arrive",
-            )
-            _require(
                 self.expert_alignment % 16 == 0,
                 self,
                 "expert_alignment",
@@ -234,19 +229,6 @@ class ModelConfig:
                 self,
                 "max_recv_rows",
                 "None or a multiple of 16 with fp8_experts",
-            )
-        if self.layout == "rank":
-            _require(
-                self.expert_alignment == 1,
-                self,
-                "expert_alignment",
-                "1 with layout='rank', which has no expert segments",
-            )
-            _require(
-                self.max_recv_rows is None,
-                self,
-                "max_recv_rows",
-                "None with layout='rank', which the experts regroup by exact counts",
             )
 
 

@@ -14,12 +14,6 @@ from moe_ep.carveout import leave_free
 from moe_ep.streams import finish
 
 from .config import ModelConfig
-from .token_dispatcher import OVERLAPPED_LAYOUT
-
-MOST_SMS = 8
-"""Of communication beside another micro-batch: there is more than enough computation to hide it behind, so that it may
-take long. Two blocks of DeepSeek-V3 on two H200 took 71.0 ms with 8, 71.5 ms with 16.
-"""
 
 Result = TypeVar("Result")
 Mark = torch.cuda.Event | None
@@ -57,11 +51,11 @@ class Lanes:
         self._comm, self._config = comm, config
         self._stream = comm.stream(device) if overlap and device.type == "cuda" else None
         # With one stream the same is left free, so that the same kernels are chosen.
-        self._left_free = free_sms(comm, device, config, MOST_SMS)
+        self._left_free = free_sms(comm, device, config)
 
     def num_sms(self, op: str, *, dtype: torch.dtype, num_tokens: int) -> int:
         """Of a call ("dispatch" or "combine") beside computation."""
-        return _num_sms(self._comm, self._config, op, dtype, num_tokens, MOST_SMS)
+        return _num_sms(self._comm, self._config, op, dtype, num_tokens)
 
     def mark(self) -> Mark:
         """What the current stream has been given so far."""
@@ -93,32 +87,21 @@ class Lanes:
             yield
 
 
-def free_sms(
-    comm: moe_ep.Communicator, device: torch.device, config: ModelConfig, most: int | None = None
-) -> int:
-    """How many multiprocessors matrix products should leave to communication beside them, which takes at most ``most``
-    if the communicator has the choice.
+def free_sms(comm: moe_ep.Communicator, device: torch.device, config: ModelConfig) -> int:
+    """How many multiprocessors matrix products should leave to communication beside them.
 
     0 on a CPU, and with NCCL, of which nobody knows how many it takes, unless the config says so.
     """
     if device.type != "cuda" or (comm.available_sms is None and config.overlap_num_sms is None):
         return 0
     operations = ("dispatch", "combine")
-    return max(
-        _num_sms(comm, config, op, torch.bfloat16, comm.max_tokens_per_rank, most) for op in operations
-    )
+    return max(_num_sms(comm, config, op, torch.bfloat16, comm.max_tokens_per_rank) for op in operations)
 
 
 def _num_sms(
-    comm: moe_ep.Communicator,
-    config: ModelConfig,
-    op: str,
-    dtype: torch.dtype,
-    num_tokens: int,
-    most: int | None,
+    comm: moe_ep.Communicator, config: ModelConfig, op: str, dtype: torch.dtype, num_tokens: int
 ) -> int:
     if config.overlap_num_sms is not None:
         return config.overlap_num_sms
-    options = {"layout": OVERLAPPED_LAYOUT, "dtype": dtype, "num_tokens": num_tokens}
-    chosen = comm.choose_num_sms(op, **options, overlapped=True)
-    return chosen if most is None else min(chosen, most)
+    options = {"layout": config.layout, "dtype": dtype, "num_tokens": num_tokens}
+    return comm.choose_num_sms(op, **options, overlapped=True)

@@ -8,8 +8,6 @@ the shared expert up to its activation and its last product. Three chunks::
 
 One chunk is the case in which only the shared expert runs beside communication.
 
-Rows travel in the rank layout, whatever the config's, which is that of calls that nothing runs beside.
-
 The shared expert's products, about as long as a call, leave communication the multiprocessors that it takes. Those of
 the experts, several times as long, do not: they would lose more by that than by sharing what there is. Otherwise the
 backward needs no code. Autograd runs a node on the stream of its forward, lets it wait for its own gradients only, and
@@ -30,7 +28,7 @@ from moe_ep.streams import named_range
 
 from .feed_forward import SharedExperts
 from .lanes import free_sms
-from .token_dispatcher import OVERLAPPED_LAYOUT, TokenDispatcher
+from .token_dispatcher import TokenDispatcher
 
 
 def run_overlapped(
@@ -66,7 +64,7 @@ def run_overlapped(
         # An asynchronous call waits for what the current stream has been given. Called from its own stream it waits
         # for nothing but the tokens, not for the experts that should run beside it.
         with torch.cuda.stream(stream):
-            return dispatcher.dispatch_async(*chunk, layout=OVERLAPPED_LAYOUT, num_sms=num_sms, **options)
+            return dispatcher.dispatch_async(*chunk, num_sms=num_sms, **options)
 
     computing = torch.cuda.current_stream(x_TH.device) if x_TH.is_cuda else None
     activation_TF: torch.Tensor | None = None

@@ -12,11 +12,6 @@ import moe_ep
 
 from .config import ModelConfig
 
-OVERLAPPED_LAYOUT = "rank"
-"""Of dispatches beside computation, where few multiprocessors must do: they move each row once. The copies for its
-experts, several times as many bytes, are part of the computation, which has the other multiprocessors.
-"""
-
 
 class TokenDispatcher(nn.Module):
     """Moves tokens to the ranks of their experts and results back; no parameters.
@@ -42,15 +37,14 @@ class TokenDispatcher(nn.Module):
         topk_idx_TK: torch.Tensor,
         topk_weights_TK: torch.Tensor,
         *,
-        layout: str | None = None,
         num_sms: int | None = None,
         meanwhile: Callable[[], object] | None = None,
     ) -> moe_ep.DispatchOutput:
         """``x_TH [T, H]``, ``topk_idx_TK [T, K]`` (-1: none), ``topk_weights_TK [T, K]`` -> see
-        ``moe_ep.dispatch``. ``layout``: None for the config's.
+        ``moe_ep.dispatch``.
         """
         tensors = x_TH.contiguous(), topk_idx_TK.contiguous(), topk_weights_TK.contiguous()
-        options = {"num_sms": num_sms, "meanwhile": meanwhile, **self._dispatch_options(layout)}
+        options = {"num_sms": num_sms, "meanwhile": meanwhile, **self._dispatch_options}
         return moe_ep.dispatch(*tensors, self.comm, **options)
 
     def dispatch_async(
@@ -59,13 +53,12 @@ class TokenDispatcher(nn.Module):
         topk_idx_TK: torch.Tensor,
         topk_weights_TK: torch.Tensor,
         *,
-        layout: str | None = None,
         num_sms: int | None = None,
         meanwhile: Callable[[], object] | None = None,
     ) -> tuple[moe_ep.DispatchOutput, moe_ep.Event]:
         """``dispatch`` on the communicator's stream; use the output after ``event.wait()``."""
         tensors = x_TH.contiguous(), topk_idx_TK.contiguous(), topk_weights_TK.contiguous()
-        options = {"num_sms": num_sms, "meanwhile": meanwhile, **self._dispatch_options(layout)}
+        options = {"num_sms": num_sms, "meanwhile": meanwhile, **self._dispatch_options}
         return moe_ep.dispatch_async(*tensors, self.comm, **options)
 
     def combine(
@@ -82,15 +75,16 @@ class TokenDispatcher(nn.Module):
         options = {"fp8_backward": self.config.fp8_backward, "num_sms": num_sms}
         return moe_ep.combine_async(rows_NH.contiguous(), handle, **options)
 
-    def _dispatch_options(self, layout: str | None) -> dict[str, Any]:
+    @property
+    def _dispatch_options(self) -> dict[str, Any]:
         c = self.config
         alignment, max_recv_rows = c.expert_alignment, c.max_recv_rows
-        if layout == "rank":  # where a row stands for one or more of the expert layout's
+        if c.layout == "rank":  # where a row stands for one or more of the experts'
             alignment = 1
             if max_recv_rows is not None:
                 max_recv_rows = min(max_recv_rows, self.comm.size * self.comm.max_tokens_per_rank)
         return {
-            "layout": layout or c.layout,
+            "layout": c.layout,
             "expert_alignment": alignment,
             "fp8": c.fp8,
             "max_recv_rows": max_recv_rows,

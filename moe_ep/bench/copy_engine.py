@@ -25,25 +25,34 @@ class CopyRate:
         return self.num_bytes / self.us / 1e3
 
 
-def measure(device: torch.device) -> list[CopyRate]:
-    """Every rank copies to its right neighbour's symmetric memory at the same time, so both directions are busy.
+class CopyToNeighbour:
+    """Copies up to ``most_bytes`` to the right neighbour's symmetric memory, by a copy engine, on the current stream.
 
-    Empty with one rank, or without GPUs.
+    Making it is collective, on a machine whose GPUs reach each other; drop it behind a barrier.
     """
+
+    def __init__(self, device: torch.device, most_bytes: int) -> None:
+        import torch.distributed._symmetric_memory as symmetric_memory
+
+        self._window = symmetric_memory.empty(most_bytes, dtype=torch.uint8, device=device)
+        exchanged = symmetric_memory.rendezvous(self._window, dist.group.WORLD.group_name)
+        neighbour = (dist.get_rank() + 1) % dist.get_world_size()
+        self._remote = exchanged.get_buffer(neighbour, (most_bytes,), torch.uint8)
+        self._local = torch.zeros(most_bytes, dtype=torch.uint8, device=device)
+
+    def __call__(self, num_bytes: int) -> None:
+        self._remote[:num_bytes].copy_(self._local[:num_bytes])
+
+
+def measure(device: torch.device) -> list[CopyRate]:
+    """Every rank copies at the same time, so both directions are busy. Empty with one rank, or without GPUs."""
     if device.type != "cuda" or not dist.is_initialized() or dist.get_world_size() == 1:
         return []
-    import torch.distributed._symmetric_memory as symmetric_memory
-
-    largest = max(SIZES)
-    window = symmetric_memory.empty(largest, dtype=torch.uint8, device=device)
-    exchanged = symmetric_memory.rendezvous(window, dist.group.WORLD.group_name)
-    neighbour = (dist.get_rank() + 1) % dist.get_world_size()
-    remote = exchanged.get_buffer(neighbour, (largest,), torch.uint8)
-    local = torch.zeros(largest, dtype=torch.uint8, device=device)
+    copy = CopyToNeighbour(device, max(SIZES))
     watch = Stopwatch(device)
     rates = []
     for size in SIZES:
-        us = median_us(watch.device_us, lambda i, size=size: remote[:size].copy_(local[:size]), _ITERATIONS)
+        us = median_us(watch.device_us, lambda i, size=size: copy(size), _ITERATIONS)
         rates.append(CopyRate(size, max(gather(us))))
     dist.barrier()  # nobody frees its window while another still writes to it
     return rates

@@ -11,9 +11,9 @@ import torch
 
 from .. import Communicator, functional
 from ..carveout import leave_free
-from ..layers.token_dispatcher import OVERLAPPED_LAYOUT
 from ..streams import named_range
 from ..timeline import Span, Timeline
+from .copy_engine import CopyToNeighbour
 from .measure import Stopwatch, gather, median
 from .overlap_pieces import Operation, OverlapPlan, Piece, Pieces
 
@@ -79,6 +79,7 @@ class Beside:
     """The experts' forward under communication from its beginning to its end, with ``num_sms`` SMs; us, slowest rank's.
 
     ``left_free_us``: with as many SMs left free, and no communication; ``kept_us``: beside it, with none left free.
+    With ``num_sms`` 0 communication is copies of the rank's tokens by a copy engine: what traffic alone costs.
     """
 
     num_sms: int
@@ -86,8 +87,8 @@ class Beside:
     left_free_us: float
     beside_us: float
     kept_us: float
-    dispatch_alone_us: float
-    dispatch_beside_us: float
+    call_alone_us: float
+    call_beside_us: float
 
     @property
     def slower(self) -> float:
@@ -192,33 +193,43 @@ class OverlapBench:
         layer, x = self.pieces.layer, self.pieces._x
         routed = layer.router(x)
         routing = routed.topk_idx, routed.topk_weights
-        out = layer.dispatcher.dispatch(x, *routing, layout=OVERLAPPED_LAYOUT)
+        out = layer.dispatcher.dispatch(x, *routing)
         available = self.comm.available_sms or max(BESIDE_SMS)
+        fp8 = self.plan.config(self.device).fp8
+
+        def experts() -> None:
+            layer.run_experts(out)
+
+        def time(call: Callable[[], object]) -> float:
+            return self._time(Operation(lambda _: call()))
+
+        def dispatch(num_sms: int) -> Callable[[], object]:
+            options = {"handle": out.handle, "fp8": fp8, "num_sms": num_sms}
+            return lambda: functional.dispatch(x, None, None, self.comm, **options)
+
+        ways = {n: dispatch(n) for n in BESIDE_SMS if n <= available}
+        if self.comm.backend == "nvlink" and self.comm.size > 1:
+            num_bytes = x.numel() * (1 if fp8 else x.element_size())
+            copy = CopyToNeighbour(self.device, num_bytes)
+            ways = {0: lambda: copy(num_bytes), **ways}
         results = []
-        for num_sms in (n for n in BESIDE_SMS if n <= available):
-
-            def experts() -> None:
-                layer.run_experts(out)
-
-            def dispatch(num_sms=num_sms) -> None:
-                fp8 = self.plan.config(self.device).fp8
-                functional.dispatch(x, None, None, self.comm, handle=out.handle, fp8=fp8, num_sms=num_sms)
-
-            alone_us = self._time(Operation(lambda _: experts()))
-            dispatch_us = self._time(Operation(lambda _: dispatch()))
+        for num_sms, communicate in ways.items():
+            alone_us, call_us = time(experts), time(communicate)
             with leave_free(num_sms):
-                left_free_us = self._time(Operation(lambda _: experts()))
-            calls = max(2, round(3 * alone_us / dispatch_us))
-            beside_us, dispatch_beside_us = self._both(experts, dispatch, calls, num_sms)
-            kept_us, _ = self._both(experts, dispatch, calls, 0)
-            mine = num_sms, alone_us, left_free_us, beside_us, kept_us, dispatch_us, dispatch_beside_us
+                left_free_us = time(experts)
+            calls = max(2, round(3 * alone_us / call_us))
+            beside_us, call_beside_us = self._both(experts, communicate, calls, num_sms)
+            kept_us, _ = self._both(experts, communicate, calls, 0)
+            mine = num_sms, alone_us, left_free_us, beside_us, kept_us, call_us, call_beside_us
             results.append(Beside(*mine))
+        self._watch.begin_together()
+        torch.cuda.synchronize()  # nobody drops its window while another still writes to it
         return results
 
     def _both(
-        self, experts: Callable[[], None], dispatch: Callable[[], None], calls: int, left_free: int
+        self, experts: Callable[[], None], communicate: Callable[[], object], calls: int, left_free: int
     ) -> tuple[float, float]:
-        """Times of the experts and of one dispatch, with ``calls`` dispatches around the experts."""
+        """Times of the experts and of one call of communication, with ``calls`` of those around the experts."""
         computing, communicating = torch.cuda.current_stream(), self.comm.stream(self.device)
         found = []
         for _ in range(_WARMUP + self.plan.iterations):
@@ -228,7 +239,7 @@ class OverlapBench:
             with torch.cuda.stream(communicating):
                 events[0].record()
                 for _ in range(calls):
-                    dispatch()
+                    communicate()
                 events[1].record()
             torch.cuda._sleep(100_000)  # so that communication is under way
             with leave_free(left_free):
@@ -239,8 +250,8 @@ class OverlapBench:
             torch.cuda.synchronize()
             found.append([b.elapsed_time(e) * 1e3 for b, e in (events[2:], events[:2])])
         times = [median(list(each)) for each in zip(*found[_WARMUP:], strict=True)]
-        experts_us, dispatches_us = (max(each) for each in zip(*gather(times), strict=True))
-        return experts_us, dispatches_us / calls
+        experts_us, calls_us = (max(each) for each in zip(*gather(times), strict=True))
+        return experts_us, calls_us / calls
 
 
 def _total(spans: list[Span], prefix: str | tuple[str, ...]) -> float:

@@ -298,8 +298,6 @@ def test_refusals():
         experts(random(4, HIDDEN, dtype=torch.float64), None, torch.tensor([4, 0, 0, 0]), [4, 0, 0, 0])
     with pytest.raises(InvalidInput, match="expert_alignment"):
         ModelConfig(fp8_experts="blockwise")
-    with pytest.raises(InvalidInput, match="layout"):
-        ModelConfig(fp8_experts="blockwise", layout="rank")
 
 
 CONFIG = {

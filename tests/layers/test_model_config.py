@@ -70,12 +70,6 @@ def test_refuses_too_few_eligible_experts():
         ModelConfig(num_groups=4, topk_groups=1, num_topk=5)
 
 
-def test_rank_layout_has_no_alignment_or_static_size():
-    for field in ({"expert_alignment": 8}, {"max_recv_rows": 10}):
-        with pytest.raises(InvalidInput, match="layout='rank'"):
-            ModelConfig(layout="rank", **field)
-
-
 def test_ep_size_must_divide_the_experts():
     with pytest.raises(InvalidInput, match=r"ep_size must divide num_experts \(16\); got 3"):
         ModelConfig().parameters_per_rank(3)

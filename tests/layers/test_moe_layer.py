@@ -22,6 +22,7 @@ CONFIG = ModelConfig(
     init_std=0.3,
     seq_aux_loss_coeff=0.1,
 )
+FP8 = dict.fromkeys(("fp8", "fp8_backward", "fp8_experts"), "blockwise") | {"expert_alignment": 16}
 NUM_RANKS = 4
 TOKENS = [(2, 5), (1, 0), (3, 4), (1, 7)]
 """(B, S) of four batches; one is empty."""
@@ -93,16 +94,22 @@ def dense():
 
 
 @pytest.mark.parametrize("ep_size", [1, 2, 4])
-@pytest.mark.parametrize("how", [{}, {"expert_alignment": 8}, {"layout": "rank"}, {"max_recv_rows": 96}])
-def test_equals_dense_evaluation(ep_size, how, dense):
-    got = run_layer(dataclasses.replace(CONFIG, **how), ep_size)
+@pytest.mark.parametrize("layout", ["expert", "rank"])
+@pytest.mark.parametrize("how", [{}, {"expert_alignment": 8}, {"max_recv_rows": 96}], ids=str)
+def test_equals_dense_evaluation(ep_size, how, layout, dense):
+    got = run_layer(dataclasses.replace(CONFIG, layout=layout, **how), ep_size)
     torch.testing.assert_close(got, dense)
 
 
 @pytest.mark.parametrize("ep_size", [2, 4])
-def test_layouts_agree_bit_for_bit(ep_size):
-    expert = run_layer(CONFIG, ep_size, torch.bfloat16)
-    rank = run_layer(dataclasses.replace(CONFIG, layout="rank"), ep_size, torch.bfloat16)
+@pytest.mark.parametrize(
+    "how", [{}, FP8, {"max_recv_rows": 96, "expert_alignment": 4}], ids=["", "fp8", "static"]
+)
+def test_layouts_agree_bit_for_bit(ep_size, how):
+    expert, rank = (
+        run_layer(dataclasses.replace(CONFIG, layout=layout, **how), ep_size, torch.bfloat16)
+        for layout in ("expert", "rank")
+    )
     torch.testing.assert_close(rank[0], expert[0], rtol=0, atol=0)
 
 

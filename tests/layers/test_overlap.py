@@ -17,6 +17,7 @@ HOW = {
     "exact": {},
     "rank": {"layout": "rank"},
     "static": {"max_recv_rows": 64, "expert_alignment": 4},
+    "static, rank": {"max_recv_rows": 64, "expert_alignment": 4, "layout": "rank"},
     "no shared expert": {"shared_ffn_hidden": 0},
 }
 FP8 = {"fp8": "blockwise", "fp8_backward": "blockwise"}
