@@ -153,9 +153,12 @@ class Communicator:
         return sm_model.choose_num_sms(work, available, overlapped)
 
     def barrier(self) -> None:
-        """Return when every rank has called it. Raises PeerTimeoutError."""
+        """Return when every rank has called it; with kernels, when this communicator's calls so far have ended, too.
+
+        Raises PeerTimeoutError.
+        """
         self.check_open()
-        self._impl.all_gather(torch.zeros(1, dtype=torch.int64, device="cpu"))
+        self._impl.barrier()
 
     def close(self) -> None:
         """Free the communicator's memory. Not collective; safe to call twice. Its handles become useless."""

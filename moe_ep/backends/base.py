@@ -135,6 +135,10 @@ class Backend(ABC):
     def all_gather(self, values: torch.Tensor) -> torch.Tensor:
         """``[R, n]`` from every rank's int64 CPU tensor ``values [n]``; also a barrier."""
 
+    def barrier(self) -> None:
+        """Return when every rank has called it."""
+        self.all_gather(torch.zeros(1, dtype=torch.int64, device="cpu"))
+
     def check_rows(self, name: str, rows: torch.Tensor) -> None:
         """Raise InvalidInput for rows that this backend can't move, before anything is sent."""
 

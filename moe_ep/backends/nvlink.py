@@ -13,7 +13,7 @@ from types import ModuleType
 import torch
 
 from .. import sm_model
-from ..errors import InvalidInput, MoeEpError
+from ..errors import InvalidInput, MoeEpError, PeerTimeoutError
 from ..fp8 import BLOCK
 from ..ids import check_ids
 from .base import Backend, Part, Routing, RoutingSpec
@@ -349,6 +349,19 @@ class NvlinkBackend(Backend):
     def all_gather(self, values: torch.Tensor) -> torch.Tensor:
         self.check_health()
         return self.members.all_gather(values)
+
+    def barrier(self) -> None:
+        """A routing of no tokens, exchanged by the kernels: a wait of the hosts for one that is late would cost them
+        their connections (gloo's don't survive a time-out), and with these the next communicator.
+        """
+        if self._last_stream is not None:
+            self._last_stream.synchronize()
+        self.check_health()  # what earlier calls have found is theirs
+        nothing = torch.empty((0, self.shape.num_topk), dtype=torch.int64, device=self.device)
+        try:
+            self.plan(nothing, self.shape.spec(self.size))
+        except PeerTimeoutError as error:
+            raise PeerTimeoutError(error.ranks, "a barrier", error.detail) from None
 
     def num_sms(
         self,

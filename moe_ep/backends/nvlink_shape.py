@@ -7,6 +7,7 @@ from types import ModuleType
 
 from .. import sm_model
 from ..errors import InvalidInput
+from .base import RoutingSpec
 
 _LEAST_RING_BYTES = 16 << 10
 """So that what goes with the rows of few tokens fits, too: a chunk of 4 rows of 4 KiB."""
@@ -25,6 +26,12 @@ class Shape:
         return sm_model.Work(
             op, layout, element_size * self.hidden, num_tokens, self.num_topk, self.num_experts, num_ranks
         )
+
+    def spec(self, num_ranks: int) -> RoutingSpec:
+        """Of a dispatch into the expert layout, of exact sizes."""
+        num_local = self.num_experts // num_ranks
+        numbers = self.num_experts, num_local, self.num_topk, self.max_tokens_per_rank
+        return RoutingSpec(*numbers, layout="expert", expert_alignment=1, max_recv_rows=None)
 
     def ring_bytes(self, kernels: ModuleType) -> int:
         """Of the rows that one rank may have under way to another: max_tokens_per_rank rows of 2 * hidden bytes with

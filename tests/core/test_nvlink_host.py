@@ -235,3 +235,42 @@ def test_forward_mode_is_refused(comm):
             moe_ep.dispatch(dual, None, None, comm, handle=handle)
         with pytest.raises(RuntimeError, match="jvp"):
             moe_ep.combine(dual, handle)  # as many rows as tokens
+
+
+def test_a_barrier_is_the_kernels_not_the_hosts(comm, log, monkeypatch):
+    """A wait for a late host breaks gloo's connections, which the next communicator needs."""
+
+    def hosts_meet(_values):
+        raise AssertionError("the hosts met")
+
+    monkeypatch.setattr(comm._impl.members, "all_gather", hosts_meet)
+    with log:
+        comm.barrier()
+    assert [name for name in log.names if name in ("plan", "wait")] == ["plan", "wait"]
+    assert not {"dispatch", "combine"} & set(log.names)
+
+
+def test_a_barrier_in_vain_names_the_late_rank_and_itself(comm, monkeypatch):
+    kernels = comm._impl._communicator
+
+    def wait_for_plan(_ticket, _timeout_s):
+        kernels.failed = True
+        return False
+
+    monkeypatch.setattr(kernels, "wait_for_plan", wait_for_plan)
+    monkeypatch.setattr(kernels, "failure", lambda: (1, 0, 3, 2), raising=False)
+    monkeypatch.setattr(
+        comm._impl.members,
+        "give_up",
+        lambda suspects, phase, cause: moe_ep.PeerTimeoutError(suspects, phase, cause),
+        raising=False,
+    )
+    with pytest.raises(
+        moe_ep.PeerTimeoutError, match=r"rank 0 did not answer during a barrier: its kernel waited"
+    ) as caught:
+        comm.barrier()
+    assert (caught.value.ranks, caught.value.phase) == ((0,), "a barrier")
+    with pytest.raises(
+        moe_ep.PeerTimeoutError, match="dispatch routing"
+    ):  # from now on, the call that failed
+        comm.barrier()
