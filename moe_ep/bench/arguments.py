@@ -38,7 +38,9 @@ def add_sizes(parser: argparse.ArgumentParser, sms: Sequence[int] = SMS) -> None
         "Combine carries bfloat16 where dispatch carries fp8",
     )
     parser.add_argument(
-        "--layout", choices=[*LAYOUTS, "both"], help="of received rows (both; collective: expert)"
+        "--layout",
+        choices=[*LAYOUTS, "both"],
+        help="of received rows (both; collective and --overlap: expert)",
     )
     parser.add_argument(
         "--num-sms",

@@ -22,7 +22,7 @@ from .results import write
 
 _ON_GPUS = {"num_tokens": 4096, "hidden": 7168, "num_topk": 8, "num_experts": 32, "dtype": "bfloat16"}
 _ON_CPU = {"num_tokens": 128, "hidden": 64, "num_topk": 2, "num_experts": 8, "dtype": "float32"}
-_OTHERS = ("op", "layout", "expert_alignment", "weights")  # choices of the sweep
+_OTHERS = ("op", "expert_alignment", "weights")  # choices of the sweep
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -63,8 +63,11 @@ def plan_of(args: argparse.Namespace, on_gpu: bool) -> OverlapPlan:
             given = given[0]
         if given is not None:
             sizes[name] = given
+    if args.layout == "both":
+        raise InvalidInput("--layout both is a choice of the sweep; --overlap measures one")
     num_sms = tuple(None if n == AUTO else n for n in args.num_sms or [AUTO])
-    return OverlapPlan(num_sms=num_sms, iterations=args.iterations, **sizes)
+    layout = args.layout or "expert"
+    return OverlapPlan(num_sms=num_sms, iterations=args.iterations, layout=layout, **sizes)
 
 
 def run_rank(args: argparse.Namespace, plan: OverlapPlan, command: str | None) -> str | None:

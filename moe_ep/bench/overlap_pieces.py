@@ -31,7 +31,8 @@ _DEEPSEEK_V3 = {
 
 @dataclass(frozen=True)
 class OverlapPlan:
-    """``num_tokens`` of each rank and micro-batch; with ``dtype`` "fp8" rows travel, and experts compute, in FP8.
+    """``num_tokens`` of each rank and micro-batch; with ``dtype`` "fp8" rows travel, in ``layout``, and experts compute in
+    FP8.
 
     ``num_sms``: of communication beside computation, each to be measured; None: the communicator's choice.
     """
@@ -43,6 +44,7 @@ class OverlapPlan:
     dtype: str
     num_sms: tuple[int | None, ...]
     iterations: int
+    layout: str = "expert"
 
     def check(self, num_ranks: int) -> None:
         """Raises InvalidInput for sizes that can't be."""
@@ -66,6 +68,7 @@ class OverlapPlan:
             num_topk=self.num_topk,
             max_seq_len=self.num_tokens,
             routed_scaling=2.5,
+            layout=self.layout,
             expert_alignment=16,
             fp8=fp8,
             fp8_backward=fp8,

@@ -40,7 +40,7 @@ def print_results(results: dict[str, Any]) -> None:
     print(
         f"{results['ranks']} ranks, {results['backend']}, {m['device']}, torch {m['torch']}, {m['date']}\n"
         f"{sizes['num_tokens']} tokens a rank, hidden {sizes['hidden']}, top-{sizes['num_topk']} of "
-        f"{sizes['num_experts']} experts, {sizes['dtype']}; forward and backward, medians of "
+        f"{sizes['num_experts']} experts, {sizes['dtype']}, {sizes['layout']} layout; forward and backward, medians of "
         f"{sizes['iterations']}\n$ {m['command']}"
     )
     groups: dict[str, list[tuple[str, ...]]] = {}

@@ -40,10 +40,11 @@ def test_two_ranks_print_a_table_and_write_a_trace_and_a_picture(tmp_path, capsy
     files = {name: tmp_path / "a" / name for name in ("trace.json", "lanes.png", "results.json")}
     options = ["--trace", files["trace.json"], "--png", files["lanes.png"], "--json", files["results.json"]]
     sizes = ["--num-tokens", "16", "--hidden", "32", "--iterations", "1", "--num-sms", "8"]
+    options += ["--layout", "rank"]
     command = ["bench", "--overlap", "--nproc", "2", "--device", "cpu", *sizes, *map(str, options)]
     assert cli.main(command) == 0
     printed = capsys.readouterr().out
-    assert "2 ranks, collective" in printed and overlap_report.LEGEND in printed
+    assert "2 ranks, collective" in printed and "rank layout" in printed and overlap_report.LEGEND in printed
 
     results = json.loads(files["results.json"].read_text())
     assert [each["piece"] for each in results["hidden"]] == PIECES
@@ -85,6 +86,7 @@ def test_trace_has_a_lane_for_each_stream(tmp_path):
     [
         (["--trace", "t.json"], "--trace shows the streams of --overlap"),
         (["--overlap", "--op", "combine"], "--op is a choice of the sweep"),
+        (["--overlap", "--layout", "both"], "--layout both is a choice of the sweep"),
         (["--overlap", "--num-experts", "3"], "--num-experts 3 is no multiple of the 2 ranks"),
     ],
 )
