@@ -31,8 +31,8 @@ _DEEPSEEK_V3 = {
 
 @dataclass(frozen=True)
 class OverlapPlan:
-    """``num_tokens`` of each rank and micro-batch; with ``dtype`` "fp8" rows travel, in ``layout``, and experts compute in
-    FP8.
+    """``num_tokens`` of each rank and micro-batch, which travel in ``layout``; with ``dtype`` "fp8" they travel, and
+    experts compute, in FP8.
 
     ``num_sms``: of communication beside computation, each to be measured; None: the communicator's choice.
     """
