@@ -30,13 +30,8 @@ from .fp8_quantize import (
     requantize_columns,
     requantize_tiles,
 )
-from .grouped_matmul import now_or_later
 from .row_groups import RowGroups
-from .weight_gradients import later
-
-Weights = tuple[torch.Tensor, ...]
-"""One stacked ``[L, O, I]``, or ``[O, I]`` for each of L experts."""
-
+from .weight_gradients import Weights, give, put_or_return
 
 Key = list[tuple[int, int]]
 """Address and version of each weight."""
@@ -150,14 +145,13 @@ def fp8_matmul(
     """``out[rows of e] = rows of e @ weight[e].T`` in weight's dtype: ``[N, O]``; differentiable.
 
     ``weight [L, O, I]``, or ``[O, I]`` for each expert. Backward takes a gradient in any form: FP8 rows for which a
-    tensor of `moe_ep.fp8.carry` stands, or numbers, which it quantises. A `WeightGradStore` may keep the weights'
-    gradients for later.
+    tensor of `moe_ep.fp8.carry` stands, or numbers, which it quantises. A `WeightGradStore` or `GradientSums` may
+    take the weights' gradients.
     """
-    weights = (weight,) if isinstance(weight, torch.Tensor) else tuple(weight)
-    carrier = tokens.carrier
-    put = None if carrier is None else later(carrier, *weights)
-    if put is not None:
-        weights = tuple(each.detach() for each in weights)
+    weights: Weights = (weight,) if isinstance(weight, torch.Tensor) else tuple(weight)
+    carrier, put = tokens.carrier, None
+    if carrier is not None:
+        weights, put = give(carrier, *weights)
     out_NO = _Matmul.apply(carrier, tokens.data, tokens.scale_inv, groups, quantized, put, *weights)
     fp8.take_carried_gradient(out_NO)
     return out_NO
@@ -190,17 +184,19 @@ class _Matmul(torch.autograd.Function):
         stacked = weights[0].dim() == 3
         grad = fp8.carried(grad_NO) or fp8.quantize(grad_NO.contiguous())
 
-        def weight_gradients() -> Weights:
+        def weight_gradients(into: torch.Tensor | None) -> torch.Tensor | Weights:
             with named_range("moe_ep.experts.requantize_columns"):
                 grad_columns = requantize_columns(grad, groups)
                 columns = requantize_tiles(Fp8Tokens(data, scale_inv), groups)
             with named_range("moe_ep.experts.matmul.wgrad"):
-                grad_LOI = columns_by_columns(grad_columns, columns, groups, dtype)
-            return (grad_LOI,) if stacked else grad_LOI.unbind()
+                grad_LOI = columns_by_columns(grad_columns, columns, groups, dtype, into)
+            return grad_LOI if stacked else grad_LOI.unbind()
 
         # Unless they are put off, before the other gradient, which takes more memory and stays.
         wanted = any(ctx.needs_input_grad[6:])
-        grad_weights = now_or_later(weight_gradients, ctx.put, wanted) or (None,) * len(weights)
+        grad_weights = put_or_return(weight_gradients, ctx.put, wanted)
+        if not isinstance(grad_weights, tuple):
+            grad_weights = (grad_weights,) * len(weights)
         grad_rows = None
         if ctx.needs_input_grad[0]:
             grad_rows = torch.empty(data.shape, dtype=ctx.rows_dtype, device=data.device)

@@ -36,19 +36,28 @@ def rows_by_weights(rows: Fp8Tokens, weight: Fp8Weight, groups: RowGroups, out_N
 
 
 def columns_by_columns(
-    grad: Fp8Columns, rows: Fp8ColumnTiles, groups: RowGroups, dtype: torch.dtype
+    grad: Fp8Columns,
+    rows: Fp8ColumnTiles,
+    groups: RowGroups,
+    dtype: torch.dtype,
+    into: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """``out[e] = grad of e.T @ rows of e``: columns of ``[N, O]`` and ``[N, I]`` -> ``[L, O, I]``."""
+    """``out[e] = grad of e.T @ rows of e``: columns of ``[N, O]`` and ``[N, I]`` -> ``[L, O, I]``.
+
+    ``into``: add to that, and return it.
+    """
     out_features, in_features = grad.num_columns, rows.num_columns
     if _runs_on_transformer_engine(grad.data.device, dtype, groups, out_features, in_features):
         # Zeros behind an expert's rows are multiplied, too, which takes no time: matrix units take 128 rows at once.
         operands = grad.data, grad.scale_inv, rows.data, rows.scale_inv
-        return transformer_engine.columns_by_columns(*operands, in_features, padded_splits(groups), dtype)
-    out_LOI = grad.scale_inv.new_zeros(len(groups.splits), out_features, in_features, dtype=dtype)
+        splits = padded_splits(groups)
+        return transformer_engine.columns_by_columns(*operands, in_features, splits, dtype, into)
+    shape = len(groups.splits), out_features, in_features
+    out_LOI = grad.scale_inv.new_zeros(shape, dtype=dtype) if into is None else into
     pairs = zip(grad.dequantize(groups, dtype), rows.dequantize(groups, dtype), strict=True)
     for e, (grad_OM, rows_IM) in enumerate(pairs):
         if grad_OM.shape[1]:
-            torch.mm(grad_OM, rows_IM.t(), out=out_LOI[e])
+            out_LOI[e].addmm_(grad_OM, rows_IM.t())
     return out_LOI
 
 

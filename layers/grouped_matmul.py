@@ -12,7 +12,7 @@ from moe_ep.streams import named_range
 
 from . import transformer_engine
 from .row_groups import RowGroups
-from .weight_gradients import Compute, Later, later
+from .weight_gradients import give, put_or_return
 
 LARGE_PRODUCT = 10_000_000_000
 """Multiplications of an expert's product from which on it is cuBLAS's: about 30 us on an H200."""
@@ -32,7 +32,7 @@ def grouped_matmul(
     device. Rows past the last expert's, which only static sizes have, come out undefined and get an undefined
     gradient: nothing may read them. An expert without rows gets a zero weight gradient.
 
-    A `WeightGradStore` may keep the weight's gradient for later. CUDA bfloat16 runs torch's grouped matmul if
+    A `WeightGradStore` or `GradientSums` may take the weight's gradient. CUDA bfloat16 runs torch's grouped matmul if
     ``I`` and ``O`` are multiples of 8 (it wants 16-byte strides), or for large products whose ``splits`` are known, on
     Hopper with Transformer Engine, cuBLAS; all else runs a loop of plain products.
     """
@@ -41,9 +41,7 @@ def grouped_matmul(
 
 def matmul_by_expert(rows_NI: torch.Tensor, weight_LOI: torch.Tensor, groups: RowGroups) -> torch.Tensor:
     """`grouped_matmul`, for several products of the same rows' experts."""
-    put = later(rows_NI, weight_LOI)
-    if put is not None:
-        weight_LOI = weight_LOI.detach()
+    [weight_LOI], put = give(rows_NI, weight_LOI)
     if uses_grouped_mm(rows_NI, weight_LOI):
         return _GroupedMatmul.apply(rows_NI.contiguous(), weight_LOI.contiguous(), groups, put)
     return _LoopedMatmul.apply(rows_NI, weight_LOI, groups.segments, put)
@@ -82,11 +80,12 @@ class _GroupedMatmul(torch.autograd.Function):
         grad_NO = grad_NO.contiguous()
         is_large = _is_large(weight_LOI, groups)
 
-        def weight_gradient() -> torch.Tensor:
+        def weight_gradient(into: torch.Tensor | None) -> torch.Tensor:
             with named_range("moe_ep.experts.matmul.wgrad"):
                 if is_large:
-                    return transformer_engine.rows_by_rows(grad_NO, rows_NI, groups.splits)
-                return F.grouped_mm(grad_NO.t(), rows_NI, offs=groups.ends)
+                    return transformer_engine.rows_by_rows(grad_NO, rows_NI, groups.splits, into)
+                grad_weight = F.grouped_mm(grad_NO.t(), rows_NI, offs=groups.ends)
+                return grad_weight if into is None else into.add_(grad_weight)
 
         grad_rows = None
         if ctx.needs_input_grad[0]:
@@ -98,7 +97,7 @@ class _GroupedMatmul(torch.autograd.Function):
                 else:
                     grad_rows = F.grouped_mm(grad_NO, weight_LOI, offs=groups.ends)
         wanted = ctx.needs_input_grad[1]
-        return grad_rows, now_or_later(weight_gradient, ctx.put, wanted), None, None
+        return grad_rows, put_or_return(weight_gradient, ctx.put, wanted), None, None
 
 
 def _is_large(weight_LOI: torch.Tensor, groups: RowGroups) -> bool:
@@ -131,12 +130,13 @@ class _LoopedMatmul(torch.autograd.Function):
         rows_NI, weight_LOI = ctx.saved_tensors
         segments = ctx.segments
 
-        def weight_gradient() -> torch.Tensor:
-            grad_weight = torch.empty_like(weight_LOI)
+        def weight_gradient(into: torch.Tensor | None) -> torch.Tensor:
+            total = torch.zeros_like(weight_LOI) if into is None else into
             with named_range("moe_ep.experts.matmul.wgrad"):
                 for expert, (start, end) in enumerate(segments):
-                    torch.mm(grad_NO[start:end].t(), rows_NI[start:end], out=grad_weight[expert])
-            return grad_weight
+                    if end > start:
+                        total[expert].addmm_(grad_NO[start:end].t(), rows_NI[start:end])
+            return total
 
         grad_rows = None
         if ctx.needs_input_grad[0]:
@@ -146,14 +146,4 @@ class _LoopedMatmul(torch.autograd.Function):
                     if end > start:
                         torch.mm(grad_NO[start:end], weight_LOI[expert], out=grad_rows[start:end])
         wanted = ctx.needs_input_grad[1]
-        return grad_rows, now_or_later(weight_gradient, ctx.put, wanted), None, None
-
-
-def now_or_later(
-    weight_gradient: Compute, put: Later | None, wanted: bool
-) -> torch.Tensor | tuple[torch.Tensor, ...] | None:
-    """The gradient of the weight, or those of several, if autograd is to have it."""
-    if put is not None:
-        put(weight_gradient)
-        return None
-    return weight_gradient() if wanted else None
+        return grad_rows, put_or_return(weight_gradient, ctx.put, wanted), None, None

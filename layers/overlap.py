@@ -9,15 +9,17 @@ the shared expert up to its activation and its last product. Three chunks::
 One chunk is the case in which only the shared expert runs beside communication.
 
 The shared expert's products, about as long as a call, leave communication the multiprocessors that it takes. Those of
-the experts, several times as long, do not: they would lose more by that than by sharing what there is. Otherwise the
-backward needs no code. Autograd runs a node on the stream of its forward, lets it wait for its own gradients only, and
-among the nodes that could run takes the one made last. Each of them can, when its turn comes, so the backward is the
-forward's sequence of calls from its end: a pipeline, too.
+the experts, several times as long, do not: they would lose more by that than by sharing what there is. Chunks add up
+the experts' weight gradients in the products themselves. Otherwise the backward needs no code. Autograd runs a node on
+the stream of its forward, lets it wait for its own gradients only, and among the nodes that could run takes the one made
+last. Each of them can, when its turn comes, so the backward is the forward's sequence of calls from its end: a
+pipeline, too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 
@@ -29,6 +31,7 @@ from moe_ep.streams import named_range
 from .feed_forward import SharedExperts
 from .lanes import free_sms
 from .token_dispatcher import TokenDispatcher
+from .weight_gradients import GradientSums
 
 
 def run_overlapped(
@@ -78,12 +81,12 @@ def run_overlapped(
                 with named_range("shared expert"):
                     activation_TF = leave_free_in_both_directions(shared.activate, x_TH, left_free)
 
-    combined = []
+    combined, sums = [], GradientSums()
     arriving = dispatch(chunks[0], meanwhile=meanwhile)
     for following in [*chunks[1:], None]:
         out, arrived = arriving
         arrived.wait()
-        with named_range("experts"):
+        with named_range("experts"), sums.collecting() if num_chunks > 1 else nullcontext():
             rows_NH = run_experts(out)
         if following is not None:
             arriving = dispatch(following)

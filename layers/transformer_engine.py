@@ -92,11 +92,18 @@ def rows_by_transposed_weights(
     return out_NI
 
 
-def rows_by_rows(grad_NO: torch.Tensor, rows_NI: torch.Tensor, splits: Sequence[int]) -> torch.Tensor:
-    """``out[e] = grad of e.T @ rows of e``: ``[L, O, I]``, all of one dtype; zero for an expert without rows."""
-    out_LOI = rows_NI.new_empty(len(splits), grad_NO.shape[1], rows_NI.shape[1])
+def rows_by_rows(
+    grad_NO: torch.Tensor, rows_NI: torch.Tensor, splits: Sequence[int], into: torch.Tensor | None = None
+) -> torch.Tensor:
+    """``out[e] = grad of e.T @ rows of e``: ``[L, O, I]``, all of one dtype; zero for an expert without rows.
+
+    ``into``: add to that, and return it.
+    """
+    shape = len(splits), grad_NO.shape[1], rows_NI.shape[1]
+    out_LOI = rows_NI.new_empty(shape) if into is None else into
     a, b = _matrices("rows", grad_NO), _matrices("rows", rows_NI)
-    _multiply("columns_by_columns", a, b, _matrices("weights", out_LOI), out_LOI, splits)
+    out = _matrices("weights", out_LOI)
+    _multiply("columns_by_columns", a, b, out, out_LOI, splits, adds=into is not None)
     return out_LOI
 
 
@@ -108,6 +115,7 @@ def columns_by_columns(
     in_features: int,
     splits: Sequence[int],
     dtype: torch.dtype,
+    into: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The same of FP8 columns: ``grad`` in blocks of 128 rows, ``rows`` in tiles of 128 rows by 128 columns.
 
@@ -115,10 +123,11 @@ def columns_by_columns(
     [ceil(M / 128), O]``, ``row_scales [I / 128, ceil(M / 128) rounded up to a multiple of 4]`` float32.
     """
     shape = len(splits), grad_scales.shape[1], in_features
-    out_LOI = torch.empty(shape, dtype=dtype, device=grad.device)
+    out_LOI = torch.empty(shape, dtype=dtype, device=grad.device) if into is None else into
     a = _matrices("columns", grad, grad_scales, width=shape[1])
     b = _matrices("column_tiles", rows, row_scales, width=shape[2])
-    _multiply("columns_by_columns", a, b, _matrices("weights", out_LOI), out_LOI, splits)
+    out = _matrices("weights", out_LOI)
+    _multiply("columns_by_columns", a, b, out, out_LOI, splits, adds=into is not None)
     return out_LOI
 
 
@@ -139,7 +148,9 @@ def _matrices(
     )
 
 
-def _multiply(product: str, a: Any, b: Any, out: Any, result: torch.Tensor, splits: Sequence[int]) -> None:
+def _multiply(
+    product: str, a: Any, b: Any, out: Any, result: torch.Tensor, splits: Sequence[int], adds: bool = False
+) -> None:
     kernels = _extension.load().grouped_gemm
     with torch.cuda.device(result.device):
         stream = torch.cuda.current_stream()
@@ -152,6 +163,7 @@ def _multiply(product: str, a: Any, b: Any, out: Any, result: torch.Tensor, spli
             a=a,
             b=b,
             out=out,
+            adds=adds,
             rows=splits,
             workspace=workspace.data_ptr(),
             workspace_bytes=_WORKSPACE_BYTES,

@@ -1,28 +1,52 @@
-"""Weight gradients that are computed later than the gradients they come from.
+"""Weight gradients that don't go to autograd from the products they come from.
 
 A backward has two halves: the gradients of activations, which the layers before wait for, and those of weights, which
-nothing waits for until the optimiser. Kept apart, the second half can run while the result of the first travels.
+nothing waits for until the optimiser. Kept apart, the second half can run later, while the result of the first travels
+(`WeightGradStore`); and what several products of one weight have for it can be added up by the products themselves
+(`GradientSums`).
 """
 
 from __future__ import annotations
 
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-Compute = Callable[[], torch.Tensor | tuple[torch.Tensor, ...]]
-"""Computes the gradient of a weight, or those of several."""
+Compute = Callable[[torch.Tensor | None], torch.Tensor | tuple[torch.Tensor, ...]]
+"""Computes the gradient of a weight, or those of several. If it is given a tensor, it adds one weight's to that."""
 
-Later = Callable[[Compute], None]
-"""Takes what computes a weight's gradient, and keeps it until it is run."""
+Put = Callable[[Compute], None]
+"""Takes what computes a weight's gradient."""
+
+Weights = tuple[torch.Tensor, ...]
 
 
-class WeightGradStore:
+class Keeper(ABC):
+    """Takes the weight gradients of the products whose forward runs inside `collecting`, in this thread."""
+
+    @contextmanager
+    def collecting(self) -> Iterator[None]:
+        """The products whose forward runs inside, in this thread."""
+        before = _keeper()
+        _of_thread.keeper = self
+        try:
+            yield
+        finally:
+            _of_thread.keeper = before
+
+    @abstractmethod
+    def take(self, weights: Weights) -> tuple[Weights, Put | None]:
+        """What a product is to multiply by, and where its backward puts the weights' gradients; None: nowhere."""
+
+
+class WeightGradStore(Keeper):
     """Weight gradients that wait to be computed.
 
     A product whose forward ran inside `collecting` leaves its weight's gradient here when its backward runs; `run`
@@ -42,20 +66,10 @@ class WeightGradStore:
     """
 
     def __init__(self) -> None:
-        self._waiting: list[tuple[Sequence[nn.Parameter], Compute]] = []
+        self._waiting: list[tuple[Sequence[torch.Tensor], Compute]] = []
 
     def __len__(self) -> int:
         return len(self._waiting)
-
-    @contextmanager
-    def collecting(self) -> Iterator[None]:
-        """The products whose forward runs inside, in this thread."""
-        before = getattr(_of_thread, "store", None)
-        _of_thread.store = self
-        try:
-            yield
-        finally:
-            _of_thread.store = before
 
     def run(self) -> None:
         """Compute all that wait, on the current stream."""
@@ -64,34 +78,106 @@ class WeightGradStore:
         while waiting:  # each one's memory is free before the next
             weights, compute = waiting.pop()
             with torch.no_grad():
-                grads = compute()
+                grads = compute(None)
             torch.autograd.backward(weights, grads)
             del compute, grads
 
-    def put(self, weights: Sequence[nn.Parameter], compute: Compute) -> None:
-        self._waiting.append((weights, compute))
+    def take(self, weights: Weights) -> tuple[Weights, Put | None]:
+        if not all(weight.requires_grad and weight.is_leaf for weight in weights):
+            return weights, None
+        # Hidden from autograd, which would run the weights' hooks too early.
+        hidden = tuple(weight.detach() for weight in weights)
+        return hidden, lambda compute: self._waiting.append((weights, compute))
+
+
+class GradientSums(Keeper):
+    """What several products of one graph have for the gradient of a weight, added up by the products.
+
+    Autograd would have each write its own, and then add them up: for experts that is three times their weights' memory
+    to read or write for each product after the first. Products whose forward ran inside `collecting` add to one tensor
+    instead, which autograd gets when the last of them has run. A `WeightGradStore` around it comes first.
+
+    >>> layer, sums = Linear(2, 3), GradientSums()
+    >>> with sums.collecting():
+    ...     y = layer(torch.ones(1, 2, requires_grad=True)) + layer(torch.ones(1, 2, requires_grad=True))
+    >>> y.sum().backward()
+    >>> layer.weight.grad
+    tensor([[2., 2.],
+            [2., 2.],
+            [2., 2.]])
+    """
+
+    def __init__(self) -> None:
+        self._summed: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # a weight, and what stands for it
+        self._sums: dict[int, torch.Tensor] = {}
+
+    @contextmanager
+    def collecting(self) -> Iterator[None]:
+        if _keeper() is not None:
+            yield
+            return
+        with super().collecting():
+            yield
+
+    def take(self, weights: Weights) -> tuple[Weights, Put | None]:
+        if len(weights) > 1 or not weights[0].requires_grad:
+            return weights, None
+        [weight] = weights
+        key, sums = id(weight), self._sums
+        if key not in self._summed:
+            self._summed[key] = weight, _Summed.apply(weight, sums, key)
+
+        def put(compute: Compute) -> None:
+            sums[key] = compute(sums.get(key))
+
+        return (self._summed[key][1],), put
+
+
+class _Summed(torch.autograd.Function):
+    """Stands for a weight. Autograd comes here when all products of it have run."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: torch.Tensor, sums: dict[int, torch.Tensor], key: int) -> torch.Tensor:
+        ctx.sums, ctx.key = sums, key
+        ctx.set_materialize_grads(False)
+        return weight.view_as(weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor | None) -> tuple[torch.Tensor | None, None, None]:
+        total = ctx.sums.pop(ctx.key, None)
+        if grad is not None:  # of a use that is no product
+            total = grad if total is None else total.add_(grad)
+        return total, None, None
 
 
 _of_thread = threading.local()
 
 
-def later(x: torch.Tensor, *weights: torch.Tensor) -> Later | None:
-    """For the product of ``x`` and ``weights``: where the gradients of the weights are to be put; None: nowhere, they
-    are autograd's as usual.
+def _keeper() -> Keeper | None:
+    return getattr(_of_thread, "keeper", None)
 
-    A product for which it is not None hides the weights from autograd (``weight.detach()``), which would run the
-    weights' hooks too early.
+
+def give(x: torch.Tensor, *weights: torch.Tensor) -> tuple[Weights, Put | None]:
+    """For the product of ``x`` and ``weights``: what to multiply by instead of the weights, and where their gradients
+    are to be put; None: nowhere, they are autograd's as usual.
     """
-    store = getattr(_of_thread, "store", None)
-    if store is None or not torch.is_grad_enabled() or not x.requires_grad:
+    keeper = _keeper()
+    if keeper is None or not torch.is_grad_enabled() or not x.requires_grad:
+        return weights, None
+    return keeper.take(weights)
+
+
+def put_or_return(compute: Compute, put: Put | None, wanted: bool) -> torch.Tensor | Weights | None:
+    """The gradient of the weight, or those of several, if autograd is to have it."""
+    if put is not None:
+        put(compute)
         return None
-    if not all(weight.requires_grad and weight.is_leaf for weight in weights):
-        return None
-    return lambda compute: store.put(weights, compute)
+    return compute(None) if wanted else None
 
 
 class Linear(nn.Linear):
-    """``nn.Linear`` without a bias, whose weight gradient a `WeightGradStore` may keep for later."""
+    """``nn.Linear`` without a bias, whose weight gradient a `Keeper` may take."""
 
     def __init__(
         self,
@@ -105,10 +191,8 @@ class Linear(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``x [..., in_features]`` -> ``[..., out_features]``."""
-        put = later(x, self.weight)
-        if put is None:
-            return F.linear(x, self.weight)
-        return _Linear.apply(x, self.weight.detach(), put)
+        [weight], put = give(x, self.weight)
+        return F.linear(x, weight) if put is None else _Linear.apply(x, weight, put)
 
 
 class _Linear(torch.autograd.Function):
@@ -123,5 +207,9 @@ class _Linear(torch.autograd.Function):
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
         grad_MO, x_MI = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
-        ctx.put(lambda: grad_MO.t() @ x_MI)
+
+        def weight_gradient(into: torch.Tensor | None) -> torch.Tensor:
+            return grad_MO.t() @ x_MI if into is None else into.addmm_(grad_MO.t(), x_MI)
+
+        ctx.put(weight_gradient)
         return (grad_MO @ weight).view_as(x), None, None

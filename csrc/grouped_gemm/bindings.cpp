@@ -34,13 +34,14 @@ void bind(py::module_& module) {
       "is_there", [] { return te_api() != nullptr; }, "Whether Transformer Engine's C interface is loaded.");
   module.def(
       "multiply",
-      [](Product product, const Matrices& a, const Matrices& b, const Matrices& out,
+      [](Product product, const Matrices& a, const Matrices& b, const Matrices& out, bool adds,
          const std::vector<int64_t>& rows, Address workspace, int64_t workspace_bytes, int num_sms,
          Address stream) {
         const Call call{product,
                         a,
                         b,
                         out,
+                        adds,
                         rows,
                         pointer<void>(workspace),
                         workspace_bytes,
@@ -48,8 +49,8 @@ void bind(py::module_& module) {
                         pointer<CUstream_st>(stream)};
         run([&] { return multiply(call); });
       },
-      py::kw_only(), py::arg("product"), py::arg("a"), py::arg("b"), py::arg("out"), py::arg("rows"),
-      py::arg("workspace"), py::arg("workspace_bytes"), py::arg("num_sms"), py::arg("stream"),
+      py::kw_only(), py::arg("product"), py::arg("a"), py::arg("b"), py::arg("out"), py::arg("adds"),
+      py::arg("rows"), py::arg("workspace"), py::arg("workspace_bytes"), py::arg("num_sms"), py::arg("stream"),
       "One product for each expert; see csrc/grouped_gemm/grouped_gemm.h.");
 }
 

@@ -202,7 +202,7 @@ Status multiply(const Call& call) {
   TeTensor workspace(api, Scaling::none);
   const GemmConfig config(api, call.num_sms);
   const int64_t share = call.workspace_bytes / kLanes / kAlignment * kAlignment;
-  const float one = 1, zero = 0;
+  const float one = 1, of_out = call.adds ? 1 : 0;
 
   status = lanes->fork();
   const Joined joined(*lanes);
@@ -215,10 +215,10 @@ Status multiply(const Call& call) {
       space.shape.ndim = 1;
       workspace.set(TensorParam::rowwise_data, space);
       const Tensor result = out.at_expert(m);
-      api.gemm(transa, transb, &one, a.at_expert(m), b.at_expert(m), &zero, result, result, workspace.get(),
-               config.get(), stream);
+      api.gemm(transa, transb, &one, a.at_expert(m), b.at_expert(m), &of_out, result, result,
+               workspace.get(), config.get(), stream);
       lane = (lane + 1) % kLanes;
-    } else if (call.out.form == Form::weights) {
+    } else if (call.out.form == Form::weights && !call.adds) {
       status = Status::from_cuda(cudaMemsetAsync(out.data(m).data, 0, out.bytes(m), stream),
                                  "a product without rows");
     }

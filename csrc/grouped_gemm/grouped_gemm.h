@@ -39,6 +39,7 @@ enum class Product {
 struct Call {
   Product product;
   Matrices a, b, out;
+  bool adds;  // the product to what out holds
   const std::vector<int64_t>& rows;  // m of each expert
   void* workspace;
   int64_t workspace_bytes;
@@ -46,7 +47,7 @@ struct Call {
   cudaStream_t stream;
 };
 
-// An expert without rows has no product; its weights-shaped result is zeros.
+// An expert without rows has no product; its weights-shaped result is zeros, or what it was.
 Status multiply(const Call& call);
 
 }  // namespace moe_ep::grouped_gemm

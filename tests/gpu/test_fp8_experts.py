@@ -215,6 +215,11 @@ def test_transformer_engine_multiplies_the_same_numbers(splits, hidden, ffn_hidd
         assert error < 4e-3, name  # both round to bfloat16 once
     for e, size in enumerate(splits):
         assert size > 0 or not got["wgrad"][e].any()
+    monkeypatch.undo()
+    before = torch.randn_like(got["wgrad"])
+    total = before.clone()
+    assert fp8_matmul.columns_by_columns(*columns, groups, torch.bfloat16, total) is total
+    torch.testing.assert_close(total, before + got["wgrad"], rtol=2**-7, atol=2**-6)
 
 
 @needs_transformer_engine

@@ -63,6 +63,18 @@ def test_products(splits, extra):
     assert_products(products(*tensors, splits), *tensors, splits)
 
 
+@pytest.mark.parametrize("splits", SPLITS, ids=str)
+def test_a_product_is_added_to_what_is_there(splits):
+    rows, _, grad = operands(splits)
+    alone = transformer_engine.rows_by_rows(grad, rows, splits)
+    before = torch.randn_like(alone)
+    total = before.clone()
+    assert transformer_engine.rows_by_rows(grad, rows, splits, total) is total
+    assert_close(total, before.double() + alone.double())
+    for e, size in enumerate(splits):
+        assert size > 0 or torch.equal(total[e], before[e])
+
+
 def test_fewer_multiprocessors_and_another_stream():
     splits = SPLITS[0]
     tensors = operands(splits)
@@ -108,7 +120,9 @@ def test_large_products_take_this_way_and_give_the_gradients(monkeypatch):
         calls = []
         original = transformer_engine._multiply
         with monkeypatch.context() as patch:
-            patch.setattr(transformer_engine, "_multiply", lambda *a: (calls.append(a[0]), original(*a)))
+            patch.setattr(
+                transformer_engine, "_multiply", lambda *a, **k: (calls.append(a[0]), original(*a, **k))
+            )
             y = grouped_matmul.matmul_by_expert(*inputs, groups)
             results.append([y, *torch.autograd.grad(y, inputs, grad)])
         assert len(calls) == (3 if least == 1 else 0)

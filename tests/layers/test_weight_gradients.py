@@ -1,4 +1,6 @@
-"""Weight gradients that are computed later: the same numbers, in order, and hooks as autograd would run them."""
+"""Weight gradients that are computed later, or added up by the products: the same numbers, and hooks as autograd would
+run them.
+"""
 
 import copy
 
@@ -6,9 +8,12 @@ import pytest
 import torch
 from torch import nn
 
+from moe_ep.fp8 import quantize
 from moe_ep.layers import WeightGradStore
+from moe_ep.layers.fp8_experts import QuantizedWeight, fp8_matmul
 from moe_ep.layers.grouped_matmul import grouped_matmul
-from moe_ep.layers.weight_gradients import Linear
+from moe_ep.layers.row_groups import RowGroups
+from moe_ep.layers.weight_gradients import GradientSums, Linear, give
 
 SPLITS = [3, 0, 2, 4]
 
@@ -96,3 +101,106 @@ def test_stores_may_be_nested():
     (y + layer(x)).sum().backward()
     assert (len(outer), len(inner)) == (1, 1)
     assert torch.equal(layer.weight.grad, torch.ones(2, 2))
+
+
+def linear_product(x, weight):
+    layer = Linear(6, 5, dtype=x.dtype)
+    layer.weight = weight[0]
+    return layer(x)
+
+
+def expert_product(x, weight):
+    return grouped_matmul(x, weight[0], torch.tensor(SPLITS), SPLITS)
+
+
+def fp8_product(x, weight):
+    groups = RowGroups(torch.tensor(SPLITS), SPLITS, sum(SPLITS))
+    return fp8_matmul(quantize(x), weight[0], groups, QuantizedWeight(False))
+
+
+def fp8_product_of_a_weight_each(x, weight):
+    groups = RowGroups(torch.tensor(SPLITS), SPLITS, sum(SPLITS))
+    return fp8_matmul(quantize(x), weight, groups, QuantizedWeight(False))
+
+
+@pytest.mark.parametrize(
+    ("product", "shapes", "summed"),
+    [
+        (linear_product, [(5, 6)], True),
+        (expert_product, [(4, 5, 6)], True),
+        (fp8_product, [(4, 128, 256)], True),
+        (fp8_product_of_a_weight_each, [(128, 256)] * 4, False),
+    ],
+)
+def test_products_add_up_their_gradients(product, shapes, summed, monkeypatch):
+    torch.manual_seed(0)
+    weights = [nn.Parameter(torch.randn(shape)) for shape in shapes]
+    inputs = [torch.randn(sum(SPLITS), shapes[0][-1], requires_grad=True) for _ in range(3)]
+    seen = []  # what each product was given to add to
+
+    def run(sums=None):
+        outputs = []
+        for x in inputs:
+            if sums is None:
+                outputs.append(product(x, weights))
+            else:
+                with sums.collecting():
+                    outputs.append(product(x, weights))
+        return torch.autograd.grad(sum(y.sin().sum() for y in outputs), [*weights, *inputs])
+
+    expected, sums = run(), GradientSums()
+    take = sums.take
+
+    def watched(given):
+        instead, put = take(given)
+        return instead, None if put is None else lambda compute: put(lambda into: watch(compute, into))
+
+    def watch(compute, into):
+        seen.append(into)
+        return compute(into)
+
+    monkeypatch.setattr(sums, "take", watched)
+    got = run(sums)
+    for ours, autograds in zip(got, expected, strict=True):
+        torch.testing.assert_close(ours, autograds, rtol=1e-5, atol=1e-5)
+    if summed:
+        assert seen[0] is None and len(seen) == 3
+        assert seen[1].data_ptr() == seen[2].data_ptr() == got[0].data_ptr()
+    else:
+        assert seen == []
+
+
+def test_sums_reach_grad_and_hooks_once_for_each_backward():
+    layer, hooks, sums = Linear(2, 2, dtype=torch.float64), [], GradientSums()
+    layer.weight.register_hook(lambda grad: hooks.append(grad.clone()))
+    x = torch.ones(1, 2, dtype=torch.float64, requires_grad=True)
+    with sums.collecting():
+        loss = (layer(x) + layer(2 * x)).sum()
+    loss = (
+        loss + 5 * layer.weight.sum() + (7 * give(x, layer.weight)[0][0]).sum()
+    )  # outside: autograd's alone
+    loss.backward(retain_graph=True)
+    loss.backward()
+    once = torch.full((2, 2), 15.0, dtype=torch.float64)
+    assert torch.equal(layer.weight.grad, 2 * once)
+    assert len(hooks) == 2 and all(torch.equal(grad, once) for grad in hooks)
+
+
+def test_a_store_around_sums_comes_first():
+    layer, store, sums = Linear(2, 2), WeightGradStore(), GradientSums()
+    x = torch.ones(1, 2, requires_grad=True)
+    with store.collecting(), sums.collecting():
+        y = layer(x) + layer(x)
+    y.sum().backward()
+    assert len(store) == 2 and layer.weight.grad is None
+    store.run()
+    assert torch.equal(layer.weight.grad, torch.full((2, 2), 2.0))
+
+
+def test_sums_leave_a_frozen_weight_alone():
+    layer, sums = Linear(2, 2).requires_grad_(False), GradientSums()
+    x = torch.ones(1, 2, requires_grad=True)
+    with sums.collecting():
+        y = layer(x) + layer(x)
+    y.sum().backward()
+    assert layer.weight.grad is None and x.grad is not None

@@ -85,6 +85,7 @@ def test_grouped_products_without_transformer_engine(module):
             a=rows,
             b=rows,
             out=rows,
+            adds=False,
             rows=[1],
             workspace=0,
             workspace_bytes=1 << 20,
