@@ -9,11 +9,12 @@ the shared expert up to its activation and its last product. Three chunks::
 One chunk is the case in which only the shared expert runs beside communication.
 
 The shared expert's products, about as long as a call, leave communication the multiprocessors that it takes. Those of
-the experts, several times as long, do not: they would lose more by that than by sharing what there is. Chunks add up
-the experts' weight gradients in the products themselves. Otherwise the backward needs no code. Autograd runs a node on
-the stream of its forward, lets it wait for its own gradients only, and among the nodes that could run takes the one made
-last. Each of them can, when its turn comes, so the backward is the forward's sequence of calls from its end: a
-pipeline, too.
+the experts, several times as long, do not: they would lose more by that than by sharing what there is.
+
+Chunks add up the experts' weight gradients in the products themselves. Otherwise the backward needs no code. Autograd
+runs a node on the stream of its forward, lets it wait for its own gradients only, and among the nodes that could run
+takes the one made last. Each of them can, when its turn comes, so the backward is the forward's sequence of calls from
+its end: a pipeline, too.
 """
 
 from __future__ import annotations
