@@ -50,8 +50,8 @@ void bind(py::module_& module) {
         run([&] { return multiply(call); });
       },
       py::kw_only(), py::arg("product"), py::arg("a"), py::arg("b"), py::arg("out"), py::arg("adds"),
-      py::arg("rows"), py::arg("workspace"), py::arg("workspace_bytes"), py::arg("num_sms"), py::arg("stream"),
-      "One product for each expert; see csrc/grouped_gemm/grouped_gemm.h.");
+      py::arg("rows"), py::arg("workspace"), py::arg("workspace_bytes"), py::arg("num_sms"),
+      py::arg("stream"), "One product for each expert; see csrc/grouped_gemm/grouped_gemm.h.");
 }
 
 }  // namespace moe_ep::grouped_gemm

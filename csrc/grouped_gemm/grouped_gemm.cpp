@@ -215,8 +215,8 @@ Status multiply(const Call& call) {
       space.shape.ndim = 1;
       workspace.set(TensorParam::rowwise_data, space);
       const Tensor result = out.at_expert(m);
-      api.gemm(transa, transb, &one, a.at_expert(m), b.at_expert(m), &of_out, result, result,
-               workspace.get(), config.get(), stream);
+      api.gemm(transa, transb, &one, a.at_expert(m), b.at_expert(m), &of_out, result, result, workspace.get(),
+               config.get(), stream);
       lane = (lane + 1) % kLanes;
     } else if (call.out.form == Form::weights && !call.adds) {
       status = Status::from_cuda(cudaMemsetAsync(out.data(m).data, 0, out.bytes(m), stream),

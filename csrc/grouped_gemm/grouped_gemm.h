@@ -39,7 +39,7 @@ enum class Product {
 struct Call {
   Product product;
   Matrices a, b, out;
-  bool adds;  // the product to what out holds
+  bool adds;                         // the product to what out holds
   const std::vector<int64_t>& rows;  // m of each expert
   void* workspace;
   int64_t workspace_bytes;
