@@ -95,8 +95,7 @@ class BlockPass:
         num_sms = self._num_sms("dispatch", x, fp8)
 
         def call():
-            routing = routed.topk_idx, routed.topk_weights.detach()
-            out = dispatcher.dispatch(x, *routing, num_sms=num_sms)
+            out = dispatcher.dispatch(x, routed.topk_idx, routed.topk_weights.detach(), num_sms=num_sms)
             tokens = [out.tokens] if fp8 is None else [out.tokens.data, out.tokens.scale_inv]
             return out, [*tokens, out.weights, *out.handle.state]
 

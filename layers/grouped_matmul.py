@@ -131,7 +131,7 @@ class _LoopedMatmul(torch.autograd.Function):
         segments = ctx.segments
 
         def weight_gradient(into: torch.Tensor | None) -> torch.Tensor:
-            total = torch.zeros_like(weight_LOI) if into is None else into
+            total = weight_LOI.new_zeros(weight_LOI.shape) if into is None else into
             with named_range("moe_ep.experts.matmul.wgrad"):
                 for expert, (start, end) in enumerate(segments):
                     if end > start:

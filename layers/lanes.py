@@ -103,5 +103,4 @@ def _num_sms(
 ) -> int:
     if config.overlap_num_sms is not None:
         return config.overlap_num_sms
-    options = {"layout": config.layout, "dtype": dtype, "num_tokens": num_tokens}
-    return comm.choose_num_sms(op, **options, overlapped=True)
+    return comm.choose_num_sms(op, layout=config.layout, dtype=dtype, num_tokens=num_tokens, overlapped=True)

@@ -20,7 +20,6 @@ its end: a pipeline, too.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 
 import torch
 
@@ -87,7 +86,7 @@ def run_overlapped(
     for following in [*chunks[1:], None]:
         out, arrived = arriving
         arrived.wait()
-        with named_range("experts"), sums.collecting() if num_chunks > 1 else nullcontext():
+        with named_range("experts"), sums.collecting():
             rows_NH = run_experts(out)
         if following is not None:
             arriving = dispatch(following)

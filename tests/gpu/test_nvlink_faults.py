@@ -136,21 +136,26 @@ def test_a_new_communicator_on_the_same_virtual_group_works():
     assert_case(case, run_ranks(3, fn, device="cuda", **arguments))
 
 
-def test_the_message_tells_what_was_awaited_and_what_was_there():
-    case = case_of(2)
+def beside_an_absent_rank(case: Case, fn):
+    """``fn(comm)`` of one rank of two, while the other calls nothing."""
     given_up = threading.Event()
 
-    def fn(comm):
+    def run(comm):
         if comm.rank == FAULTY:
             given_up.wait(30)
             return None
         try:
-            return outcome_of(case, comm, "static dispatch")
+            return fn(comm)
         finally:
             given_up.set()
 
     arguments = {**case.communicator_arguments, "timeout_s": TIMEOUT_S}
-    outcome = run_ranks(2, fn, device="cuda", **arguments)[1 - FAULTY]
+    return run_ranks(2, run, device="cuda", **arguments)[1 - FAULTY]
+
+
+def test_the_message_tells_what_was_awaited_and_what_was_there():
+    case = case_of(2)
+    outcome = beside_an_absent_rank(case, lambda comm: outcome_of(case, comm, "static dispatch"))
     assert outcome["raised"] == "PeerTimeoutError", outcome
     expected, seen = re.search(r"signal (\w+) and saw (\w+)", outcome["detail"]).groups()
     assert int(expected, 0) > int(seen, 0)
@@ -160,34 +165,25 @@ def test_the_message_tells_what_was_awaited_and_what_was_there():
 def test_a_failed_dispatch_of_fixed_size_leaves_no_rows(layout):
     """Torch's grouped products end the CUDA context on counts that nobody wrote."""
     case, room = case_of(2), 50
-    given_up = threading.Event()
 
     def fn(comm):
-        if comm.rank == FAULTY:
-            given_up.wait(30)
-            return None
-        try:
-            inputs = case.inputs(comm.rank, "cuda")
-            torch.full((4096,), 1 << 40, device="cuda")  # what freed memory may hold
-            outs = [
-                moe_ep.dispatch(inputs.x, inputs.topk_idx, None, comm, layout=layout, max_recv_rows=room)
-                for _ in range(2)  # the second call finds the group broken
-            ]
-            torch.cuda.current_stream().synchronize()
-            with pytest.raises(moe_ep.PeerTimeoutError):
-                comm.barrier()
-            found = []
-            for out in outs:
-                found.append((out.tokens_per_expert.tolist(), out.padded_tokens_per_expert.tolist()))
-                assert layout == "expert" or (out.topk_idx == -1).all()
-            return found
-        finally:
-            given_up.set()
+        inputs = case.inputs(comm.rank, "cuda")
+        torch.full((4096,), 1 << 40, device="cuda")  # what freed memory may hold
+        outs = [
+            moe_ep.dispatch(inputs.x, inputs.topk_idx, None, comm, layout=layout, max_recv_rows=room)
+            for _ in range(2)  # the second call finds the group broken
+        ]
+        torch.cuda.current_stream().synchronize()
+        with pytest.raises(moe_ep.PeerTimeoutError):
+            comm.barrier()
+        found = []
+        for out in outs:
+            found.append((out.tokens_per_expert.tolist(), out.padded_tokens_per_expert.tolist()))
+            assert layout == "expert" or (out.topk_idx == -1).all()
+        return found
 
-    arguments = {**case.communicator_arguments, "timeout_s": TIMEOUT_S}
-    found = run_ranks(2, fn, device="cuda", **arguments)[1 - FAULTY]
     empty = [0] * (case.num_experts // 2)
-    assert found == [(empty, empty)] * 2
+    assert beside_an_absent_rank(case, fn) == [(empty, empty)] * 2
 
 
 # ---- ranks as processes
