@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 import torch
 
 import moe_ep
-from moe_ep.carveout import leave_free
 from moe_ep.streams import finish
 
 from .config import ModelConfig
@@ -36,8 +34,8 @@ class Transfer(Generic[Result]):
 class Lanes:
     """``overlap=False``, and a CPU: both lanes are the current stream, and calls run in the order they are made in.
 
-    Communication beside computation takes ``config.overlap_num_sms`` multiprocessors, which matrix products leave free
-    (None: as many as the communicator chooses).
+    Communication beside computation takes ``config.overlap_num_sms`` multiprocessors (None: as many as the communicator
+    chooses).
     """
 
     def __init__(
@@ -50,12 +48,13 @@ class Lanes:
     ) -> None:
         self._comm, self._config = comm, config
         self._stream = comm.stream(device) if overlap and device.type == "cuda" else None
-        # With one stream the same is left free, so that the same kernels are chosen.
-        self._left_free = free_sms(comm, device, config)
 
     def num_sms(self, op: str, *, dtype: torch.dtype, num_tokens: int) -> int:
         """Of a call ("dispatch" or "combine") beside computation."""
-        return _num_sms(self._comm, self._config, op, dtype, num_tokens)
+        if self._config.overlap_num_sms is not None:
+            return self._config.overlap_num_sms
+        options = {"dtype": dtype, "num_tokens": num_tokens, "overlapped": True}
+        return self._comm.choose_num_sms(op, layout=self._config.layout, **options)
 
     def mark(self) -> Mark:
         """What the current stream has been given so far."""
@@ -79,28 +78,3 @@ class Lanes:
             with torch.cuda.stream(self._stream):
                 result, tensors = call()
             return Transfer(result, finish(self._stream, reads, tensors))
-
-    @contextmanager
-    def beside_communication(self, really: bool = True) -> Iterator[None]:
-        """Matrix products launched inside leave room for communication, if there ``really`` is any."""
-        with leave_free(self._left_free if really else 0):
-            yield
-
-
-def free_sms(comm: moe_ep.Communicator, device: torch.device, config: ModelConfig) -> int:
-    """How many multiprocessors matrix products should leave to communication beside them.
-
-    0 on a CPU, and with NCCL, of which nobody knows how many it takes, unless the config says so.
-    """
-    if device.type != "cuda" or (comm.available_sms is None and config.overlap_num_sms is None):
-        return 0
-    operations = ("dispatch", "combine")
-    return max(_num_sms(comm, config, op, torch.bfloat16, comm.max_tokens_per_rank) for op in operations)
-
-
-def _num_sms(
-    comm: moe_ep.Communicator, config: ModelConfig, op: str, dtype: torch.dtype, num_tokens: int
-) -> int:
-    if config.overlap_num_sms is not None:
-        return config.overlap_num_sms
-    return comm.choose_num_sms(op, layout=config.layout, dtype=dtype, num_tokens=num_tokens, overlapped=True)

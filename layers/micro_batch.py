@@ -44,8 +44,7 @@ class MicroBatchSchedule:
     every gradient added in the same order. Collective: all ranks have as many micro-batches; their sizes may differ.
 
     ``overlap=False`` makes the same calls on one stream, as a CPU does anyway. Communication beside computation takes
-    ``model.config.overlap_num_sms`` multiprocessors, which matrix products leave it. A subclass may override
-    `run_pair`.
+    ``model.config.overlap_num_sms`` multiprocessors. A subclass may override `run_pair`.
     """
 
     def __init__(self, model: DeepSeekModel, *, overlap: bool = True) -> None:
@@ -91,22 +90,17 @@ class MicroBatchSchedule:
         ``A`` attention and router, ``S`` shared expert, ``D`` dispatch, ``E`` experts, ``C`` combine; ``'`` marks the
         backward, and ``W`` weight gradients.
 
-        Products that begin with a communication call, are not much longer, and would fill the device leave it room.
-        The experts' do not: they are many and short, so that it finds some between them, and together much longer.
-
         NOTE: with exact sizes, ``forward.dispatch`` waits until the device has planned it; what computes beside it is
         launched before. All else returns at once.
         """
-        f, b, lanes = forward, backward, self.lanes
+        f, b = forward, backward
         if b is not None:
             b.combine_backward()
-            with lanes.beside_communication():
-                b.shared_expert_backward()
-                self.run_weight_gradients()
+            b.shared_expert_backward()
+            self.run_weight_gradients()
         if f is not None:
             f.attend()
-            with lanes.beside_communication():
-                f.shared_expert()
+            f.shared_expert()
         if b is not None:
             b.experts_backward()
         if f is not None:
@@ -118,8 +112,7 @@ class MicroBatchSchedule:
             f.experts()
             f.combine(beside=b is not None)
         if b is not None:
-            with lanes.beside_communication(f is not None):
-                b.attend_backward()
+            b.attend_backward()
             self.run_weight_gradients()
 
     def run_weight_gradients(self) -> None:

@@ -8,9 +8,6 @@ the shared expert up to its activation and its last product. Three chunks::
 
 One chunk is the case in which only the shared expert runs beside communication.
 
-The shared expert's products, about as long as a call, leave communication the multiprocessors that it takes. Those of
-the experts, several times as long, do not: they would lose more by that than by sharing what there is.
-
 Chunks add up the experts' weight gradients in the products themselves. Otherwise the backward needs no code. Autograd
 runs a node on the stream of its forward, lets it wait for its own gradients only, and among the nodes that could run
 takes the one made last. Each of them can, when its turn comes, so the backward is the forward's sequence of calls from
@@ -24,12 +21,10 @@ from collections.abc import Callable
 import torch
 
 import moe_ep
-from moe_ep.carveout import leave_free_in_both_directions
 from moe_ep.errors import InvalidInput
 from moe_ep.streams import named_range
 
 from .feed_forward import SharedExperts
-from .lanes import free_sms
 from .token_dispatcher import TokenDispatcher
 from .weight_gradients import GradientSums
 
@@ -57,7 +52,6 @@ def run_overlapped(
         )
     chunks = _split(num_chunks, x_TH, topk_idx_TK, topk_weights_TK)
     num_sms = dispatcher.config.overlap_num_sms
-    left_free = free_sms(dispatcher.comm, x_TH.device, dispatcher.config)
     stream = None
     if x_TH.is_cuda:
         stream = dispatcher.comm.stream(x_TH.device)
@@ -79,7 +73,7 @@ def run_overlapped(
                 prepare_experts()
             if shared is not None:
                 with named_range("shared expert"):
-                    activation_TF = leave_free_in_both_directions(shared.activate, x_TH, left_free)
+                    activation_TF = shared.activate(x_TH)
 
     combined, sums = [], GradientSums()
     arriving = dispatch(chunks[0], meanwhile=meanwhile)
@@ -94,7 +88,7 @@ def run_overlapped(
     shared_TH = None
     if shared is not None:
         with named_range("shared expert"):
-            shared_TH = leave_free_in_both_directions(shared.down, activation_TF, left_free)
+            shared_TH = shared.down(activation_TF)
 
     for _, returned in combined:
         returned.wait()

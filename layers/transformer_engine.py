@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from moe_ep import _extension, carveout
+from moe_ep import _extension
 
 VERSION = "2.20"
 """What this is written for, and tested with 2.20.2."""
@@ -167,6 +167,5 @@ def _multiply(
             rows=splits,
             workspace=workspace.data_ptr(),
             workspace_bytes=_WORKSPACE_BYTES,
-            num_sms=carveout.sms_left(result.device),
             stream=stream.cuda_stream,
         )

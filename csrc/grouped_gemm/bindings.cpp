@@ -35,8 +35,7 @@ void bind(py::module_& module) {
   module.def(
       "multiply",
       [](Product product, const Matrices& a, const Matrices& b, const Matrices& out, bool adds,
-         const std::vector<int64_t>& rows, Address workspace, int64_t workspace_bytes, int num_sms,
-         Address stream) {
+         const std::vector<int64_t>& rows, Address workspace, int64_t workspace_bytes, Address stream) {
         const Call call{product,
                         a,
                         b,
@@ -45,13 +44,12 @@ void bind(py::module_& module) {
                         rows,
                         pointer<void>(workspace),
                         workspace_bytes,
-                        num_sms,
                         pointer<CUstream_st>(stream)};
         run([&] { return multiply(call); });
       },
       py::kw_only(), py::arg("product"), py::arg("a"), py::arg("b"), py::arg("out"), py::arg("adds"),
-      py::arg("rows"), py::arg("workspace"), py::arg("workspace_bytes"), py::arg("num_sms"),
-      py::arg("stream"), "One product for each expert; see csrc/grouped_gemm/grouped_gemm.h.");
+      py::arg("rows"), py::arg("workspace"), py::arg("workspace_bytes"), py::arg("stream"),
+      "One product for each expert; see csrc/grouped_gemm/grouped_gemm.h.");
 }
 
 }  // namespace moe_ep::grouped_gemm

@@ -144,11 +144,9 @@ class Operand {
 
 class GemmConfig {
  public:
-  GemmConfig(const TeApi& api, int num_sms) : api_(api), config_(api.create_config()) {
+  explicit GemmConfig(const TeApi& api) : api_(api), config_(api.create_config()) {
     const uint8_t split_accumulator = 1;  // FP8 products add up in float32
     api_.set_config(config_, ConfigAttribute::use_split_accumulator, &split_accumulator, 1);
-    const int32_t sm_count = num_sms;
-    api_.set_config(config_, ConfigAttribute::sm_count, &sm_count, sizeof(sm_count));
   }
   ~GemmConfig() { api_.destroy_config(config_); }
   GemmConfig(const GemmConfig&) = delete;
@@ -200,7 +198,7 @@ Status multiply(const Call& call) {
   const bool transb = call.product == Product::columns_by_columns;
   Operand a(api, call.b), b(api, call.a), out(api, call.out);
   TeTensor workspace(api, Scaling::none);
-  const GemmConfig config(api, call.num_sms);
+  const GemmConfig config(api);
   const int64_t share = call.workspace_bytes / kLanes / kAlignment * kAlignment;
   const float one = 1, of_out = call.adds ? 1 : 0;
 

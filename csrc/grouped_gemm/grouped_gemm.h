@@ -43,7 +43,6 @@ struct Call {
   const std::vector<int64_t>& rows;  // m of each expert
   void* workspace;
   int64_t workspace_bytes;
-  int num_sms;  // that products may take; 0: all
   cudaStream_t stream;
 };
 

@@ -24,7 +24,7 @@ enum class TensorParam : int {
   columnwise_scale = 5
 };
 
-enum class ConfigAttribute : int { use_split_accumulator = 5, sm_count = 6 };
+enum class ConfigAttribute : int { use_split_accumulator = 5 };
 
 struct Shape {
   size_t data[15];

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from .. import Communicator, functional
-from ..carveout import leave_free
 from ..streams import named_range
 from ..timeline import Span, Timeline
 from .copy_engine import CopyToNeighbour
@@ -78,15 +77,12 @@ class Hidden:
 class Beside:
     """The experts' forward under communication from its beginning to its end, with ``num_sms`` SMs; us, slowest rank's.
 
-    ``left_free_us``: with as many SMs left free, and no communication; ``kept_us``: beside it, with none left free.
     With ``num_sms`` 0 communication is copies of the rank's tokens by a copy engine: what traffic alone costs.
     """
 
     num_sms: int
     alone_us: float
-    left_free_us: float
     beside_us: float
-    kept_us: float
     call_alone_us: float
     call_beside_us: float
 
@@ -215,19 +211,15 @@ class OverlapBench:
         results = []
         for num_sms, communicate in ways.items():
             alone_us, call_us = time(experts), time(communicate)
-            with leave_free(num_sms):
-                left_free_us = time(experts)
             calls = max(2, round(3 * alone_us / call_us))
-            beside_us, call_beside_us = self._both(experts, communicate, calls, num_sms)
-            kept_us, _ = self._both(experts, communicate, calls, 0)
-            mine = num_sms, alone_us, left_free_us, beside_us, kept_us, call_us, call_beside_us
-            results.append(Beside(*mine))
+            beside_us, call_beside_us = self._both(experts, communicate, calls)
+            results.append(Beside(num_sms, alone_us, beside_us, call_us, call_beside_us))
         self._watch.begin_together()
         torch.cuda.synchronize()  # nobody drops its window while another still writes to it
         return results
 
     def _both(
-        self, experts: Callable[[], None], communicate: Callable[[], object], calls: int, left_free: int
+        self, experts: Callable[[], None], communicate: Callable[[], object], calls: int
     ) -> tuple[float, float]:
         """Times of the experts and of one call of communication, with ``calls`` of those around the experts."""
         computing, communicating = torch.cuda.current_stream(), self.comm.stream(self.device)
@@ -242,10 +234,9 @@ class OverlapBench:
                     communicate()
                 events[1].record()
             torch.cuda._sleep(100_000)  # so that communication is under way
-            with leave_free(left_free):
-                events[2].record()
-                experts()
-                events[3].record()
+            events[2].record()
+            experts()
+            events[3].record()
             computing.wait_stream(communicating)
             torch.cuda.synchronize()
             found.append([b.elapsed_time(e) * 1e3 for b, e in (events[2:], events[:2])])

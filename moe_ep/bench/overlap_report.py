@@ -22,7 +22,7 @@ _HEADER = (
     "GiB",
     "serial",
 )
-_BESIDE = ("SMs", "alone ms", "SMs left", "beside", "slower", "none left", "a call us", "beside")
+_BESIDE = ("SMs", "alone ms", "beside", "slower", "a call us", "beside")
 
 LEGEND = """\
 serial: without overlap, communication with all SMs; comm.: its part. behind: the computation that it can hide behind.
@@ -31,8 +31,7 @@ communication takes longer). effic. = (t_comm + t_comp - t_both) / min(t_comm, t
 against the calls in turn; on a CPU nothing runs side by side. experts: how much slower their matrix products are than
 in the serial run. GiB: most memory, weights included. Slowest rank."""
 _LEGEND_BESIDE = """\
-The experts' forward with dispatches beside it all the time. SMs left: without them, their SMs left free; none left:
-beside them, with matrix products that take all SMs. 0 SMs: copies of all tokens by copy engines instead."""
+The experts' forward with dispatches beside it all the time; 0 SMs: copies of all tokens by copy engines instead."""
 
 
 def print_results(results: dict[str, Any]) -> None:
@@ -77,10 +76,8 @@ def _beside_line(each: dict[str, Any]) -> tuple[str, ...]:
     return (
         str(each["num_sms"]),
         _ms(each["alone_us"]),
-        _ms(each["left_free_us"]),
         _ms(each["beside_us"]),
         _percent(each["slower"]),
-        _ms(each["kept_us"]),
         f"{each['call_alone_us']:.0f}",
         f"{each['call_beside_us']:.0f}",
     )

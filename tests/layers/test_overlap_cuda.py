@@ -25,7 +25,6 @@ from processes import run_cuda
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import moe_ep
-from moe_ep.carveout import MOST_SMS, leave_free
 from moe_ep.errors import PeerTimeoutError
 from moe_ep.layers import MoELayer
 from moe_ep.testing import run_ranks
@@ -92,7 +91,7 @@ def test_streams(mode):
         device = torch.device("cuda", torch.cuda.current_device())
         return comm.stream(device).cuda_stream, torch.cuda.current_stream().cuda_stream
 
-    with leave_free(MOST_SMS), before_each_call(before):  # with kernels that are loaded
+    with before_each_call(before):
         streams = ranks(mode, fn)
     expected = set()
     for communication, computation in streams:
@@ -124,8 +123,7 @@ def test_equals_serial_layer_bit_for_bit(how, layout):
                 if not name.startswith("experts."):
                     assert torch.equal(grads_chunked[name], grad), name
 
-    with leave_free(MOST_SMS):  # by all, as another number of SMs may mean another kernel
-        ranks("shared expert", fn)
+    ranks("shared expert", fn)
 
 
 @pytest.mark.slow
