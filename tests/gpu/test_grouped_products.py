@@ -64,13 +64,16 @@ def test_products(splits, extra):
 
 @pytest.mark.parametrize("splits", SPLITS, ids=str)
 def test_a_product_is_added_to_what_is_there(splits):
+    """As exactly as by autograd, which rounds the product and then the sum: cuBLAS may, too."""
     rows, _, grad = operands(splits)
     before = torch.randn(len(splits), NARROW, WIDE, device="cuda", dtype=torch.bfloat16)
     total = before.clone()
     assert transformer_engine.rows_by_rows(grad, rows, splits, total) is total
     parts = zip(grad.double().split(splits), rows.double().split(splits), strict=True)
     for e, (grad_part, rows_part) in enumerate(parts):
-        assert_close(total[e], before[e].double() + grad_part.t() @ rows_part)
+        product = grad_part.t() @ rows_part
+        wanted = before[e].double() + product
+        assert ((total[e] - wanted).abs() <= 2**-8 * (product.abs() + wanted.abs()) + 1e-3).all()
         assert splits[e] > 0 or torch.equal(total[e], before[e])
 
 
