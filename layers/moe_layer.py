@@ -7,6 +7,7 @@ from torch import nn
 
 import moe_ep
 from moe_ep.errors import ReceiveOverflowError
+from moe_ep.streams import named_range
 
 from .config import ModelConfig
 from .experts import GroupedExperts
@@ -104,7 +105,8 @@ class MoELayer(nn.Module):
             if in_fp8:
                 self.experts.prepare_down()
             if self.shared is not None:
-                shared_TH = self.shared(x_TH)
+                with named_range("shared expert"):
+                    shared_TH = self.shared(x_TH)
 
         out = self.dispatcher.dispatch(x_TH, routed.topk_idx, routed.topk_weights, meanwhile=meanwhile)
         y_TH = self.dispatcher.combine(self.run_experts(out), out.handle)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from .measure import Stopwatch, gather, median
 from .overlap_pieces import Operation, OverlapPlan, Piece, Pieces
 
 _WARMUP = 2
-_RECORDED = 3
+_ROUNDS = 3
 BESIDE_SMS = (4, 8, 12, 16, 24)
 COMMUNICATION = ("moe_ep.dispatch", "moe_ep.combine")
 EXPERTS = "moe_ep.experts.matmul"
@@ -25,11 +25,15 @@ EXPERTS = "moe_ep.experts.matmul"
 
 @dataclass(frozen=True)
 class Run:
-    """``us`` of one run, and what of it lies in communication and in the routed experts' matrix products, beside each
-    other or not; ``peak_bytes``: the most memory, weights included.
+    """One run: the slowest rank's median, and by how much its times differ.
+
+    ``communication_us``: what calls take on the rank that is the last to come to each, since on others they wait for
+    that. ``experts_us``: what of the run lies in the routed experts' matrix products. Both beside each other or not.
+    ``peak_bytes``: the most memory, weights included.
     """
 
     us: float
+    spread_us: float
     communication_us: float
     experts_us: float
     peak_bytes: int
@@ -99,7 +103,7 @@ class OverlapBench:
         self.pieces = Pieces(plan, comm, device)
         self.timeline = Timeline(device)
         self._watch = Stopwatch(device)
-        self._plain: dict[Operation, Run] = {}
+        self._kept: set[str] = set()
 
     def run(self, machine: dict[str, Any]) -> dict[str, Any]:
         """Everything, as JSON's types; collective."""
@@ -126,54 +130,65 @@ class OverlapBench:
 
     def hidden(self, piece: Piece) -> list[Hidden]:
         """One for each number of SMs."""
-        if piece.plain not in self._plain:
-            self._plain[piece.plain] = self._measure(piece.plain)
-            self._keep(piece.plain)
-        plain = self._plain[piece.plain]
+        one_stream, two_streams = (lambda: piece.overlapped(True)), (lambda: piece.overlapped(False))
+        ways = [_Way(lambda: piece.plain)]
+        for num_sms in self.plan.num_sms:
+            ways += [_Way(one_stream, num_sms), _Way(two_streams, num_sms)]
+        plain, *runs = self._measure(ways)
         beside_us = max(plain.us - plain.communication_us, 0.0)
         if piece.beside is not None:
             beside_us = min(beside_us, self._time(piece.beside))
-        results = []
-        for num_sms in self.plan.num_sms:
-            self.pieces.set_num_sms(num_sms)
-            in_turn = self._measure(piece.overlapped(True))
-            overlapped = self._measure(piece.overlapped(False))
-            self._keep(piece.overlapped(False), "" if num_sms is None else f", {num_sms} SMs")
-            results.append(Hidden(piece.name, num_sms, plain, in_turn, overlapped, beside_us))
+        self._keep(ways[0])
+        for way in ways[2::2]:
+            self._keep(way)
         self.pieces.set_num_sms(None)
-        return results
+        pairs = zip(self.plan.num_sms, runs[::2], runs[1::2], strict=True)
+        return [Hidden(piece.name, num_sms, plain, *pair, beside_us) for num_sms, *pair in pairs]
 
-    def _keep(self, operation: Operation, how: str = "") -> None:
-        """A run in the timeline, under the operation's name and ``how`` in brackets."""
-        if operation.name is not None:
-            name = f"[{operation.name}{how}]"
+    def _keep(self, way: _Way) -> None:
+        """One run in the timeline, under the operation's name in brackets."""
+        operation = self._prepare(way)
+        name = f"[{operation.name}{'' if way.num_sms is None else f', {way.num_sms} SMs'}]"
+        if operation.name is not None and name not in self._kept:
+            self._kept.add(name)
             self._once(operation, lambda run: self._record(run, self.timeline, name))
 
-    def _measure(self, operation: Operation) -> Run:
-        on_gpu = self.device.type == "cuda"
+    def _measure(self, ways: Sequence[_Way]) -> list[Run]:
+        """They take turns, so that all see the same machine: GPUs at work get hot, and slower."""
+        samples = [_Samples() for _ in ways]
+        for i in range(_ROUNDS):
+            iterations = len(range(i, self.plan.iterations, _ROUNDS))
+            for way, found in zip(ways, samples, strict=True):
+                self._sample(self._prepare(way), iterations, found)
+        return [found.over_ranks() for found in samples]
+
+    def _prepare(self, way: _Way) -> Operation:
+        self.pieces.set_num_sms(way.num_sms)
         gc.collect()  # what was run before
+        return way.make()
+
+    def _sample(self, operation: Operation, iterations: int, found: _Samples) -> None:
+        on_gpu = self.device.type == "cuda"
         if on_gpu:
             torch.cuda.reset_peak_memory_stats(self.device)
-        us = self._time(operation)
-        peak = torch.cuda.max_memory_allocated(self.device) if on_gpu else 0
-        totals = []
-        for _ in range(_RECORDED):
-            timeline = Timeline(self.device)
-            self._once(operation, lambda run, timeline=timeline: self._record(run, timeline))
-            spans = timeline.spans()
-            totals.append([_total(spans, prefix) for prefix in (COMMUNICATION, EXPERTS)])
-        mine = [median(list(each)) for each in zip(*totals, strict=True)]
-        us, communication_us, experts_us, peak = (
-            max(values) for values in zip(*gather([us, *mine, peak]), strict=True)
-        )
-        return Run(us, communication_us, experts_us, peak)
+        found.us += self._times(operation, 1, iterations)
+        if on_gpu:
+            found.peak_bytes = max(found.peak_bytes, torch.cuda.max_memory_allocated(self.device))
+        timeline = Timeline(self.device)
+        self._once(operation, lambda run: self._record(run, timeline))
+        spans = timeline.spans()
+        found.calls_us.append([_without_inner(span, spans) for span in _of(spans, COMMUNICATION)])
+        found.experts_us.append(sum(span.end_us - span.begin_us for span in _of(spans, EXPERTS)))
 
     def _time(self, operation: Operation) -> float:
-        times = [
+        return max(gather(median(self._times(operation, _WARMUP, self.plan.iterations))))
+
+    def _times(self, operation: Operation, warmup: int, iterations: int) -> list[float]:
+        """This rank's."""
+        return [
             self._once(operation, lambda run, i=i: self._watch.device_us(lambda _: run(), i))
-            for i in range(_WARMUP + self.plan.iterations)
-        ]
-        return max(gather(median(times[_WARMUP:])))
+            for i in range(warmup + iterations)
+        ][warmup:]
 
     def _once(self, operation: Operation, how: Callable[[Callable[[], object]], Any]) -> Any:
         prepared = operation.prepare()
@@ -245,5 +260,46 @@ class OverlapBench:
         return experts_us, calls_us / calls
 
 
-def _total(spans: list[Span], prefix: str | tuple[str, ...]) -> float:
-    return sum(span.end_us - span.begin_us for span in spans if span.name.startswith(prefix))
+@dataclass(frozen=True)
+class _Way:
+    """One way to run a piece; ``make`` gives an operation that keeps nothing of another's runs."""
+
+    make: Callable[[], Operation]
+    num_sms: int | None = None
+
+
+@dataclass
+class _Samples:
+    """This rank's, of one way; ``calls_us``: of each run, the calls of communication in their order."""
+
+    us: list[float] = field(default_factory=list)
+    calls_us: list[list[float]] = field(default_factory=list)
+    experts_us: list[float] = field(default_factory=list)
+    peak_bytes: int = 0
+
+    def over_ranks(self) -> Run:
+        """Collective."""
+        everyone: list[_Samples] = gather(self)
+        slowest = max(everyone, key=lambda samples: median(samples.us))
+        runs = zip(*(samples.calls_us for samples in everyone), strict=True)
+        return Run(
+            us=median(slowest.us),
+            spread_us=max(slowest.us) - min(slowest.us),
+            communication_us=median([sum(min(us) for us in zip(*calls, strict=True)) for calls in runs]),
+            experts_us=max(median(samples.experts_us) for samples in everyone),
+            peak_bytes=max(samples.peak_bytes for samples in everyone),
+        )
+
+
+def _of(spans: list[Span], prefix: str | tuple[str, ...]) -> list[Span]:
+    return [span for span in spans if span.name.startswith(prefix)]
+
+
+def _without_inner(outer: Span, spans: list[Span]) -> float:
+    """Its time, less that of others on its stream inside it: of what a dispatch computes while the host waits."""
+    us, behind = outer.end_us - outer.begin_us, outer.begin_us
+    for span in spans:  # by their beginning
+        inside = span.stream == outer.stream and span.end_us <= outer.end_us and span.begin_us >= behind
+        if inside and span is not outer:
+            us, behind = us - (span.end_us - span.begin_us), span.end_us
+    return us

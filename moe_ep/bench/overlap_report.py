@@ -25,11 +25,11 @@ _HEADER = (
 _BESIDE = ("SMs", "alone ms", "beside", "slower", "a call us", "beside")
 
 LEGEND = """\
-serial: without overlap, communication with all SMs; comm.: its part. behind: the computation that it can hide behind.
-overlap: with overlap, where communication takes SMs. in turn: the same calls on one stream (with few SMs, their
-communication takes longer). effic. = (t_comm + t_comp - t_both) / min(t_comm, t_comp), against the serial run and
-against the calls in turn; on a CPU nothing runs side by side. experts: how much slower their matrix products are than
-in the serial run. GiB: most memory, weights included. Slowest rank."""
+serial: without overlap, communication with all SMs; comm.: its part, of each call on the rank that is the last to come
+to it. behind: the computation that it can hide behind. overlap: with overlap, where communication takes SMs. in turn:
+the same calls on one stream (with few SMs, their communication takes longer). effic. = (t_comm + t_comp - t_both) /
+min(t_comm, t_comp), against the serial run and against the calls in turn; on a CPU nothing runs side by side. experts:
+how much slower their matrix products are than in the serial run. GiB: most memory, weights included. Slowest rank."""
 _LEGEND_BESIDE = """\
 The experts' forward with dispatches beside it all the time; 0 SMs: copies of all tokens by copy engines instead."""
 

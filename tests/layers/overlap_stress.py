@@ -107,8 +107,8 @@ def count_differences(comm, mode, how, steps):
             got = step(one_stream=False)
             wrong = torch.stack([(a != b).any() for a, b in zip(got, expected, strict=True)]).any()
             different += wrong
-            # The host, far ahead, would take all memory; and launches that find their stream's queue full hold up those of
-            # other virtual ranks.
+            # The host, far ahead, would take all memory; and a launch that finds its stream's queue full holds up those
+            # of other virtual ranks.
             torch.cuda.current_stream().synchronize()
         return different.item()
 

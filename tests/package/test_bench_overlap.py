@@ -5,8 +5,9 @@ import json
 import pytest
 
 from moe_ep import cli
-from moe_ep.bench import lanes, overlap_report
+from moe_ep.bench import lanes, overlap, overlap_report
 from moe_ep.bench.overlap import Hidden, Run
+from moe_ep.timeline import Span
 
 PIECES = [
     "shared expert",
@@ -20,7 +21,7 @@ PIECES = [
 
 
 def run(us, communication_us, experts_us=100.0):
-    return Run(us, communication_us, experts_us, peak_bytes=1 << 30)
+    return Run(us, 1.0, communication_us, experts_us, peak_bytes=1 << 30)
 
 
 def test_efficiency_is_the_share_that_is_hidden():
@@ -32,6 +33,30 @@ def test_efficiency_is_the_share_that_is_hidden():
     assert short.efficiency == pytest.approx((1000 - 950) / 60)
     nothing = Hidden("x", 8, run(1000, 0, 0), run(1000, 0), run(1000, 0), beside_us=1000)
     assert nothing.efficiency is None and nothing.experts_slower is None
+
+
+def test_communication_is_what_a_call_takes_on_the_rank_that_comes_last(monkeypatch):
+    ranks = [
+        overlap._Samples([900, 1000, 980], [[30, 50], [31, 52], [29, 49]], [400, 410, 420], 5),
+        overlap._Samples([800, 810, 805], [[90, 20], [91, 22], [89, 19]], [300, 310, 320], 6),
+    ]
+    monkeypatch.setattr(overlap, "gather", lambda _: ranks)
+    assert ranks[0].over_ranks() == Run(980, 100, communication_us=50, experts_us=410, peak_bytes=6)
+
+
+def test_what_a_dispatch_computes_meanwhile_is_no_communication():
+    dispatch = Span("moe_ep.dispatch", 0, 10, 100)
+    spans = [
+        Span("moe_ep.router", 0, 0, 9),
+        dispatch,
+        Span("moe_ep.experts.quantize_weight", 0, 15, 20),
+        Span("shared expert", 0, 20, 60),
+        Span("moe_ep.experts.swiglu", 0, 30, 40),
+        Span("experts", 1, 30, 90),
+        Span("experts", 0, 101, 150),
+    ]
+    assert overlap._without_inner(dispatch, spans) == 90 - 5 - 40
+    assert overlap._without_inner(spans[-1], spans) == 49
 
 
 @pytest.mark.slow
