@@ -31,7 +31,7 @@ from .fp8_quantize import (
     requantize_tiles,
 )
 from .row_groups import RowGroups
-from .weight_gradients import Weights, give, put_or_return
+from .weight_gradients import Gradients, Weights, give, put_or_return
 
 Key = list[tuple[int, int]]
 """Address and version of each weight."""
@@ -145,8 +145,7 @@ def fp8_matmul(
     """``out[rows of e] = rows of e @ weight[e].T`` in weight's dtype: ``[N, O]``; differentiable.
 
     ``weight [L, O, I]``, or ``[O, I]`` for each expert. Backward takes a gradient in any form: FP8 rows for which a
-    tensor of `moe_ep.fp8.carry` stands, or numbers, which it quantises. A `WeightGradStore` or `GradientSums` may
-    take the weights' gradients.
+    tensor of `moe_ep.fp8.carry` stands, or numbers, which it quantises. A `Keeper` may take the weights' gradients.
     """
     weights: Weights = (weight,) if isinstance(weight, torch.Tensor) else tuple(weight)
     carrier, put = tokens.carrier, None
@@ -184,13 +183,13 @@ class _Matmul(torch.autograd.Function):
         stacked = weights[0].dim() == 3
         grad = fp8.carried(grad_NO) or fp8.quantize(grad_NO.contiguous())
 
-        def weight_gradients(into: torch.Tensor | None) -> torch.Tensor | Weights:
+        def weight_gradients(into: Gradients | None) -> Gradients:
             with named_range("moe_ep.experts.requantize_columns"):
                 grad_columns = requantize_columns(grad, groups)
                 columns = requantize_tiles(Fp8Tokens(data, scale_inv), groups)
             with named_range("moe_ep.experts.matmul.wgrad"):
-                grad_LOI = columns_by_columns(grad_columns, columns, groups, dtype, into)
-            return grad_LOI if stacked else grad_LOI.unbind()
+                grads = columns_by_columns(grad_columns, columns, groups, dtype, into)
+            return grads if stacked or into is not None else grads.unbind()
 
         # Unless they are put off, before the other gradient, which takes more memory and stays.
         wanted = any(ctx.needs_input_grad[6:])

@@ -17,6 +17,7 @@ from . import transformer_engine
 from .fp8_quantize import Fp8Columns, Fp8ColumnTiles, Fp8Weight, padded_splits, transpose_scales
 from .grouped_matmul import matmul_by_expert
 from .row_groups import RowGroups
+from .weight_gradients import Gradients
 
 _log = logging.getLogger("moe_ep")
 _said: set[str] = set()
@@ -40,25 +41,26 @@ def columns_by_columns(
     rows: Fp8ColumnTiles,
     groups: RowGroups,
     dtype: torch.dtype,
-    into: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """``out[e] = grad of e.T @ rows of e``: columns of ``[N, O]`` and ``[N, I]`` -> ``[L, O, I]``.
+    into: Gradients | None = None,
+) -> Gradients:
+    """``out[e] = grad of e.T @ rows of e``: columns of ``[N, O]`` and ``[N, I]`` -> ``[L, O, I]`` of ``dtype``.
 
-    ``into``: add to that, and return it.
+    ``into``: add to that, ``[L, O, I]`` or an ``[O, I]`` for each expert, of any dtype, and return it.
     """
     out_features, in_features = grad.num_columns, rows.num_columns
+    dtype = dtype if into is None else into[0].dtype
     if _runs_on_transformer_engine(grad.data.device, dtype, groups, out_features, in_features):
         # Zeros behind an expert's rows are multiplied, too, which takes no time: matrix units take 128 rows at once.
         operands = grad.data, grad.scale_inv, rows.data, rows.scale_inv
         splits = padded_splits(groups)
         return transformer_engine.columns_by_columns(*operands, in_features, splits, dtype, into)
     shape = len(groups.splits), out_features, in_features
-    out_LOI = grad.scale_inv.new_zeros(shape, dtype=dtype) if into is None else into
+    out = grad.scale_inv.new_zeros(shape, dtype=dtype) if into is None else into
     pairs = zip(grad.dequantize(groups, dtype), rows.dequantize(groups, dtype), strict=True)
     for e, (grad_OM, rows_IM) in enumerate(pairs):
         if grad_OM.shape[1]:
-            out_LOI[e].addmm_(grad_OM, rows_IM.t())
-    return out_LOI
+            out[e].addmm_(grad_OM, rows_IM.t())
+    return out
 
 
 def _runs_on_transformer_engine(

@@ -19,6 +19,8 @@ import torch.nn.functional as F
 
 from moe_ep import _extension
 
+from .weight_gradients import Gradients
+
 VERSION = "2.20"
 """What this is written for, and tested with 2.20.2."""
 
@@ -115,24 +117,34 @@ def columns_by_columns(
     in_features: int,
     splits: Sequence[int],
     dtype: torch.dtype,
-    into: torch.Tensor | None = None,
-) -> torch.Tensor:
+    into: Gradients | None = None,
+) -> Gradients:
     """The same of FP8 columns: ``grad`` in blocks of 128 rows, ``rows`` in tiles of 128 rows by 128 columns.
 
     For each expert of M rows, one behind the other: ``grad [O, M]`` and ``rows [I, M]`` float8_e4m3fn; ``grad_scales
-    [ceil(M / 128), O]``, ``row_scales [I / 128, ceil(M / 128) rounded up to a multiple of 4]`` float32.
+    [ceil(M / 128), O]``, ``row_scales [I / 128, ceil(M / 128) rounded up to a multiple of 4]`` float32. ``into``: that,
+    or an ``[O, I]`` for each expert; contiguous, bfloat16 or float32.
     """
     shape = len(splits), grad_scales.shape[1], in_features
-    out_LOI = torch.empty(shape, dtype=dtype, device=grad.device) if into is None else into
+    result = torch.empty(shape, dtype=dtype, device=grad.device) if into is None else into
     a = _matrices("columns", grad, grad_scales, width=shape[1])
     b = _matrices("column_tiles", rows, row_scales, width=shape[2])
-    out = _matrices("weights", out_LOI)
-    _multiply("columns_by_columns", a, b, out, out_LOI, splits, adds=into is not None)
-    return out_LOI
+    out = _matrices("weights", result) if isinstance(result, torch.Tensor) else _weights_apart(result)
+    _multiply("columns_by_columns", a, b, out, result[0], splits, adds=into is not None)
+    return result
+
+
+def _weights_apart(weights: Sequence[torch.Tensor]) -> Any:
+    """``[O, I]`` for each expert, each somewhere else."""
+    return _matrices("weights", weights[0].unsqueeze(0), places=[weight.data_ptr() for weight in weights])
 
 
 def _matrices(
-    form: str, data: torch.Tensor, scales: torch.Tensor | None = None, width: int | None = None
+    form: str,
+    data: torch.Tensor,
+    scales: torch.Tensor | None = None,
+    width: int | None = None,
+    places: Sequence[int] = (),
 ) -> Any:
     """As `csrc/grouped_gemm` knows them. ``width``: if it is not the data's last dimension."""
     kernels = _extension.load()
@@ -145,6 +157,7 @@ def _matrices(
         width=data.shape[-1] if width is None else width,
         height=data.shape[1] if is_weight else 0,
         scale_width=scales.shape[2] if is_weight and scales is not None else 0,
+        places=places,
     )
 
 

@@ -19,13 +19,16 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-Compute = Callable[[torch.Tensor | None], torch.Tensor | tuple[torch.Tensor, ...]]
-"""Computes the gradient of a weight, or those of several. If it is given a tensor, it adds one weight's to that."""
-
-Put = Callable[[Compute], None]
-"""Takes what computes a weight's gradient."""
-
 Weights = tuple[torch.Tensor, ...]
+
+Gradients = torch.Tensor | Weights
+"""Of one weight, or of several."""
+
+Compute = Callable[[Gradients | None], Gradients]
+"""Computes the gradient of a weight, or those of several. What it is given, of any dtype, it adds them to."""
+
+Put = Callable[[Compute], Gradients | None]
+"""Takes what computes a weight's gradient, and returns what autograd is to get for it."""
 
 
 class Keeper(ABC):
@@ -46,11 +49,17 @@ class Keeper(ABC):
         """What a product is to multiply by, and where its backward puts the weights' gradients; None: nowhere."""
 
 
+def compute_anew(weights: Weights, compute: Compute) -> Gradients:
+    """The gradients of ``weights``, in memory of their own."""
+    return compute(None)
+
+
 class WeightGradStore(Keeper):
     """Weight gradients that wait to be computed.
 
     A product whose forward ran inside `collecting` leaves its weight's gradient here when its backward runs; `run`
     computes what is there, in the order in which it came, and adds it to ``.grad`` as autograd would, hooks included.
+    ``gradients``: what autograd gets for weights, by what computes their gradients.
 
     >>> layer, store = Linear(2, 3), WeightGradStore()
     >>> with store.collecting():
@@ -65,7 +74,8 @@ class WeightGradStore(Keeper):
             [1., 1.]])
     """
 
-    def __init__(self) -> None:
+    def __init__(self, gradients: Callable[[Weights, Compute], Gradients] = compute_anew) -> None:
+        self._gradients = gradients
         self._waiting: list[tuple[Sequence[torch.Tensor], Compute]] = []
 
     def __len__(self) -> int:
@@ -78,7 +88,7 @@ class WeightGradStore(Keeper):
         while waiting:  # each one's memory is free before the next
             weights, compute = waiting.pop()
             with torch.no_grad():
-                grads = compute(None)
+                grads = self._gradients(weights, compute)
             torch.autograd.backward(weights, grads)
             del compute, grads
 
@@ -168,11 +178,10 @@ def give(x: torch.Tensor, *weights: torch.Tensor) -> tuple[Weights, Put | None]:
     return keeper.take(weights)
 
 
-def put_or_return(compute: Compute, put: Put | None, wanted: bool) -> torch.Tensor | Weights | None:
-    """The gradient of the weight, or those of several, if autograd is to have it."""
+def put_or_return(compute: Compute, put: Put | None, wanted: bool) -> Gradients | None:
+    """What autograd gets for the weight, or for several."""
     if put is not None:
-        put(compute)
-        return None
+        return put(compute)
     return compute(None) if wanted else None
 
 

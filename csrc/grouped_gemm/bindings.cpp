@@ -24,12 +24,14 @@ void bind(py::module_& module) {
       .value("columns_by_columns", Product::columns_by_columns);
   py::class_<Matrices>(module, "Matrices", "Matrices of all experts, one behind the other.")
       .def(py::init([](Form form, Address data, Address scales, DType dtype, int64_t width, int64_t height,
-                       int64_t scale_width) {
-             return Matrices{form,   pointer<void>(data), pointer<float>(scales), dtype, width,
-                             height, scale_width};
+                       int64_t scale_width, const std::vector<Address>& places) {
+             Matrices matrices{form,   pointer<void>(data), pointer<float>(scales), dtype, width,
+                               height, scale_width};
+             for (const Address place : places) matrices.places.push_back(pointer<void>(place));
+             return matrices;
            }),
            py::kw_only(), py::arg("form"), py::arg("data"), py::arg("scales"), py::arg("dtype"),
-           py::arg("width"), py::arg("height"), py::arg("scale_width"));
+           py::arg("width"), py::arg("height"), py::arg("scale_width"), py::arg("places"));
   module.def(
       "is_there", [] { return te_api() != nullptr; }, "Whether Transformer Engine's C interface is loaded.");
   module.def(

@@ -51,7 +51,8 @@ class Cursor {
   BasicTensor data(int64_t m) const {
     const TeType dtype = matrices_.scales != nullptr ? TeType::float8_e4m3 : te_type(matrices_.dtype);
     if (is_by_column(matrices_)) return basic(data_, dtype, matrices_.width, m);
-    return basic(data_, dtype, height(m), matrices_.width);
+    void* place = matrices_.places.empty() ? data_ : matrices_.places[expert_];
+    return basic(place, dtype, height(m), matrices_.width);
   }
 
   BasicTensor scales(int64_t m) const {
@@ -60,6 +61,7 @@ class Cursor {
   }
 
   void advance(int64_t m) {
+    ++expert_;
     data_ += height(m) * matrices_.width * element_bytes(matrices_);
     if (scales_ == nullptr) return;
     const auto [rows, columns] = scale_shape(m);
@@ -89,6 +91,7 @@ class Cursor {
   }
 
   const Matrices& matrices_;
+  size_t expert_ = 0;
   char* data_;
   float* scales_;
 };
@@ -176,6 +179,11 @@ Status check(const Call& call) {
     return Status::invalid("Transformer Engine is not loaded, or lacks its C interface");
   for (const int64_t m : call.rows)
     if (m < 0) return Status::invalid("an expert has %lld rows", static_cast<long long>(m));
+  for (const Matrices* matrices : {&call.a, &call.b, &call.out})
+    if (!matrices->places.empty() && (matrices->form != Form::weights || matrices->scales != nullptr ||
+                                      matrices->places.size() != call.rows.size()))
+      return Status::invalid("places are for weights that are not FP8, one for each of the %zu experts",
+                             call.rows.size());
   if (call.workspace_bytes < kLanes * kAlignment)
     return Status::invalid("workspace_bytes is %lld; it must be at least %lld",
                            static_cast<long long>(call.workspace_bytes),

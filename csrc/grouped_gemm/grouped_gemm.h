@@ -28,6 +28,8 @@ struct Matrices {
   int64_t width;
   int64_t height;       // only of weights
   int64_t scale_width;  // only of FP8 weights
+  // Only of weights that are not FP8: where each expert's lie, if they don't lie one behind the other.
+  std::vector<void*> places = {};
 };
 
 enum class Product {

@@ -16,8 +16,10 @@ from moe_ep import Fp8Tokens, fp8
 from moe_ep.layers import WeightGradStore
 from moe_ep.layers.fp8_experts import Fp8Weights, fp8_experts
 from moe_ep.layers.row_groups import RowGroups
+from moe_ep.layers.weight_gradients import compute_anew
 
 from ..errors import InvalidInput
+from .main_gradients import MainGradients, add_to_main_grad
 
 Matrices = list[torch.Tensor]
 
@@ -37,7 +39,11 @@ class Fp8Experts(nn.Module):
         self.fp8_weights = Fp8Weights(keep_weights)
         self.is_first_microbatch = True
         delayed = config.delay_wgrad_compute or config.overlap_dispatch_backward_with_experts_wgrad
-        self.weight_gradients = WeightGradStore() if delayed else None
+        fused = config.gradient_accumulation_fusion
+        if delayed:
+            self.weight_gradients = WeightGradStore(add_to_main_grad if fused else compute_anew)
+        else:
+            self.weight_gradients = MainGradients() if fused else None
 
     def linears(self) -> tuple[list[nn.Module], list[nn.Module]]:
         """Megatron's modules with the weights of gate and up, and of the last product."""
@@ -65,13 +71,13 @@ class Fp8Experts(nn.Module):
             tokens = Fp8Tokens(arrived.data, arrived.scale_inv, carrier=rows)
         splits = tokens_per_expert.tolist()
         groups = RowGroups(tokens_per_expert.to(rows.device, non_blocking=True), splits, rows.shape[0])
-        put_off = self.weight_gradients
-        with contextlib.nullcontext() if put_off is None else put_off.collecting():
+        keeper = self.weight_gradients
+        with contextlib.nullcontext() if keeper is None else keeper.collecting():
             return fp8_experts(tokens, probs.float(), *self.matrices(), groups, self.fp8_weights), None
 
     def backward_dw(self) -> None:
         """With delay_wgrad_compute: the weights' gradients of the backward before."""
-        if self.weight_gradients is None:
+        if not isinstance(self.weight_gradients, WeightGradStore):
             return
         self.weight_gradients.run()
         for linears in reversed(self.linears()):

@@ -220,6 +220,12 @@ def test_transformer_engine_multiplies_the_same_numbers(splits, hidden, ffn_hidd
     total = before.clone()
     assert fp8_matmul.columns_by_columns(*columns, groups, torch.bfloat16, total) is total
     torch.testing.assert_close(total, before + got["wgrad"], rtol=2**-7, atol=2**-6)
+    totals = [each.float() for each in before.flip(0)]  # not one behind the other, and not rounded
+    assert fp8_matmul.columns_by_columns(*columns, groups, torch.bfloat16, totals) is totals
+    for e, each in enumerate(totals):
+        torch.testing.assert_close(
+            each - before.flip(0)[e].float(), got["wgrad"][e].float(), rtol=2**-7, atol=1e-3
+        )
 
 
 @needs_transformer_engine

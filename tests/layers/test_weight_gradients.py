@@ -13,7 +13,7 @@ from moe_ep.layers import WeightGradStore
 from moe_ep.layers.fp8_experts import QuantizedWeight, fp8_matmul
 from moe_ep.layers.grouped_matmul import grouped_matmul
 from moe_ep.layers.row_groups import RowGroups
-from moe_ep.layers.weight_gradients import GradientSums, Linear, give
+from moe_ep.layers.weight_gradients import GradientSums, Keeper, Linear, give
 
 SPLITS = [3, 0, 2, 4]
 
@@ -195,6 +195,34 @@ def test_a_store_around_sums_comes_first():
     assert len(store) == 2 and layer.weight.grad is None
     store.run()
     assert torch.equal(layer.weight.grad, torch.full((2, 2), 2.0))
+
+
+class IntoFloat64(Keeper):
+    """Has products add to tensors of another dtype, one for each weight."""
+
+    def __init__(self, totals):
+        self.totals = totals
+
+    def take(self, weights):
+        return weights, lambda compute: compute(self.totals) and None
+
+
+def test_a_weight_each_adds_to_a_tensor_each():
+    torch.manual_seed(0)
+    weights = [nn.Parameter(torch.randn(128, 256)) for _ in SPLITS]
+    x = torch.randn(sum(SPLITS), 256, requires_grad=True)
+    fp8_product_of_a_weight_each(x, weights).sin().sum().backward()
+    before = [torch.randn(128, 256, dtype=torch.float64) for _ in SPLITS]
+    totals = [each.clone() for each in before]
+    expected = [weight.grad for weight in weights]
+    for weight in weights:
+        weight.grad = None
+    with IntoFloat64(totals).collecting():
+        y = fp8_product_of_a_weight_each(x, weights)
+    y.sin().sum().backward()
+    for total, start, gradient, weight in zip(totals, before, expected, weights, strict=True):
+        torch.testing.assert_close(total - start, gradient.double(), rtol=1e-5, atol=1e-6)
+        assert weight.grad is None
 
 
 def test_sums_leave_a_frozen_weight_alone():

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
 from megatron_layer_cases import DEEPSEEK_ROUTING
-from megatron_model_cases import Gradients, make_installed, make_stock, schedule, train
+from megatron_model_cases import Gradients, make_fused, make_installed, make_stock, schedule, train
 from megatron_models import layer_config, layer_input, make_layer, run_layer
 
 from moe_ep import fp8
@@ -52,8 +53,13 @@ def run_all() -> dict[str, Any]:
         "kept": run_kept(),
         "hooks": run_hooks(),
         "refused": run_refused(),
-        "trained": {"stock": train(make_stock()), "FP8": train(make_fp8())},
+        "trained": {
+            "stock": train(make_stock()),
+            "FP8": train(make_fp8()),
+            "fused": train(make_fused(options=FP8)),
+        },
         "gradients": run_schedules(),
+        "fused": run_fused(),
     }
 
 
@@ -190,6 +196,17 @@ def run_schedules() -> dict[str, Gradients]:
         "FP8": schedule(make_fp8),
         "FP8, overlap": schedule(make_fp8, **overlap),
         "FP8, overlap and delayed wgrad": schedule(make_fp8, **overlap, delay_wgrad_compute=True),
+    }
+
+
+def run_fused() -> dict[str, Any]:
+    make, overlap = partial(make_fused, options=FP8), {"overlap_moe_expert_parallel_comm": True}
+    layer = wide_layer({}, None)
+    layer.experts.config.gradient_accumulation_fusion = True
+    return {
+        "without main_grad": run_layer(install(layer, **FP8), wide_input()),
+        "in turn": schedule(make),
+        "overlap and delayed wgrad": schedule(make, **overlap, delay_wgrad_compute=True),
     }
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import megatron_dispatcher_cases
 import torch
 from megatron_layer_cases import DEEPSEEK_ROUTING
-from megatron_model_cases import Gradients, make_installed, make_stock, schedule
+from megatron_model_cases import Gradients, make_fused, make_installed, make_stock, schedule
 from megatron_models import begin, device, layer_config, layer_input, make_layer, run_layer
 
 from moe_ep.megatron import DispatcherOptions, install
@@ -116,12 +116,17 @@ def run_own_experts(world_size: int, backend: str) -> dict[str, tuple[Tensors, T
 def run_own_schedules(backend: str) -> dict[str, Gradients]:
     """Gradients with FP8 experts after three micro-batches, by schedule."""
     begin(2)
-    make = partial(make_installed, options={"backend": backend, **OWN_FP8})
+    make, fused = (
+        partial(make, options={"backend": backend, **OWN_FP8}) for make in (make_installed, make_fused)
+    )
     overlap = {"overlap_moe_expert_parallel_comm": True}
+    delayed = {**overlap, "delay_wgrad_compute": True}
     return {
         "in turn": on_cpu(schedule(make, **MODEL)),
         "overlap": on_cpu(schedule(make, **MODEL, **overlap)),
-        "overlap and delayed wgrad": on_cpu(schedule(make, **MODEL, **overlap, delay_wgrad_compute=True)),
+        "overlap and delayed wgrad": on_cpu(schedule(make, **MODEL, **delayed)),
+        "fused": on_cpu(schedule(fused, **MODEL)),
+        "fused, overlap and delayed wgrad": on_cpu(schedule(fused, **MODEL, **delayed)),
     }
 
 

@@ -40,6 +40,18 @@ def make_installed(*, options: dict[str, Any] | None = None, **changes: Any) -> 
     return model
 
 
+def make_fused(*, options: dict[str, Any], **changes: Any) -> GPTModel:
+    """With FP8 experts whose products add to ``main_grad``."""
+    model = make_stock(**changes)
+    configs = [module.experts.config for module in model.modules() if isinstance(module, MoELayer)]
+    for config in configs:
+        config.gradient_accumulation_fusion = True  # later than other modules ask for Apex
+    install(model, **options)
+    for config in configs:
+        config.gradient_accumulation_fusion = False
+    return model
+
+
 def make_in_spec(**changes: Any) -> GPTModel:
     model = make_gpt(deepseek_v3_config(**changes), in_spec=True)
     assert sum(isinstance(module, MoeEpLayer) for module in model.modules()) == 3

@@ -4,6 +4,9 @@ import pytest
 import torch
 from comparison import assert_close, assert_equal
 
+THREE_ROUNDINGS = 3 * 2**-8
+"""Of the largest value: gradients of three micro-batches, and sums of them, rounded to bfloat16."""
+
 CASES = [
     "plain",
     "in spec",
@@ -93,6 +96,19 @@ def test_schedules_give_the_same_gradients(results):
         gradients = by_name["gradients"]
         for schedule in ("FP8, overlap", "FP8, overlap and delayed wgrad"):
             assert_equal(without_embedding(gradients[schedule]), without_embedding(gradients["FP8"]), rtol=0)
+
+
+def test_products_add_to_main_grad(results):
+    """With --gradient-accumulation-fusion, where DDP, or the schedule's test, has made one; in float32."""
+    for by_name in results:
+        fused, unfused = by_name["fused"], by_name["gradients"]["FP8"]
+        assert by_name["trained"]["fused"][0] == by_name["trained"]["FP8"][0]
+        assert_equal(fused["without main_grad"], by_name["layers"]["plain"][1], rtol=0)
+        for schedule in ("in turn", "overlap and delayed wgrad"):
+            assert_equal(without_embedding(fused[schedule]), without_embedding(unfused), rtol=THREE_ROUNDINGS)
+            experts = [name for name in unfused if ".experts." in name]
+            assert {unfused[name].dtype for name in experts} == {torch.bfloat16}
+            assert {fused[schedule][name].dtype for name in experts} == {torch.float32}
 
 
 def without_embedding(gradients):

@@ -64,9 +64,12 @@ def test_fp8_experts_in_layers(world_size, backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_fp8_experts_in_schedules(backend):
     for results in run(2, "megatron_gpu_cases.run_own_schedules", backend):
-        for schedule in ("overlap", "overlap and delayed wgrad"):
+        in_turn = results.pop("in turn")
+        for schedule, gradients in results.items():
             print(f"{backend}: {schedule}")
-            assert_equal(results[schedule], results["in turn"], rtol=ROUNDING)
+            assert_equal(gradients, in_turn, rtol=ROUNDING)
+            experts = {gradient.dtype for name, gradient in gradients.items() if ".experts." in name}
+            assert experts == {torch.float32 if schedule.startswith("fused") else torch.bfloat16}
 
 
 @pytest.mark.parametrize("backend", ["deepep", "hybridep"])
