@@ -94,6 +94,11 @@ class Beside:
     def slower(self) -> float:
         return self.beside_us / self.alone_us - 1
 
+    @property
+    def lost_us(self) -> float:
+        """What each call costs the experts: they take so much longer for every one beside them."""
+        return (self.beside_us - self.alone_us) * self.call_beside_us / self.beside_us
+
 
 class OverlapBench:
     """Measures on one communicator; every rank does the same."""
@@ -124,7 +129,7 @@ class OverlapBench:
                 )
                 for each in hidden
             ],
-            beside=[dict(asdict(each), slower=each.slower) for each in beside],
+            beside=[dict(asdict(each), slower=each.slower, lost_us=each.lost_us) for each in beside],
             spans=gather([asdict(span) for span in self.timeline.spans()]),
         )
 

@@ -22,7 +22,7 @@ _HEADER = (
     "GiB",
     "serial",
 )
-_BESIDE = ("SMs", "alone ms", "beside", "slower", "a call us", "beside")
+_BESIDE = ("SMs", "alone ms", "beside", "slower", "a call us", "beside", "costs us")
 
 LEGEND = """\
 serial: without overlap, communication with all SMs; comm.: its part, of each call on the rank that is the last to come
@@ -31,7 +31,8 @@ the same calls on one stream (with few SMs, their communication takes longer). e
 min(t_comm, t_comp), against the serial run and against the calls in turn; on a CPU nothing runs side by side. experts:
 how much slower their matrix products are than in the serial run. GiB: most memory, weights included. Slowest rank."""
 _LEGEND_BESIDE = """\
-The experts' forward with dispatches beside it all the time; 0 SMs: copies of all tokens by copy engines instead."""
+The experts' forward with dispatches beside it all the time; 0 SMs: copies of all tokens by copy engines instead. costs:
+what a call adds to the experts' time."""
 
 
 def print_results(results: dict[str, Any]) -> None:
@@ -80,6 +81,7 @@ def _beside_line(each: dict[str, Any]) -> tuple[str, ...]:
         _percent(each["slower"]),
         f"{each['call_alone_us']:.0f}",
         f"{each['call_beside_us']:.0f}",
+        f"{each['lost_us']:.0f}",
     )
 
 

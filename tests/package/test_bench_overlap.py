@@ -6,7 +6,7 @@ import pytest
 
 from moe_ep import cli
 from moe_ep.bench import lanes, overlap, overlap_report
-from moe_ep.bench.overlap import Hidden, Run
+from moe_ep.bench.overlap import Beside, Hidden, Run
 from moe_ep.timeline import Span
 
 PIECES = [
@@ -57,6 +57,11 @@ def test_what_a_dispatch_computes_meanwhile_is_no_communication():
     ]
     assert overlap._without_inner(dispatch, spans) == 90 - 5 - 40
     assert overlap._without_inner(spans[-1], spans) == 49
+
+
+def test_what_a_call_costs_the_experts():
+    beside = Beside(8, alone_us=1000, beside_us=1200, call_alone_us=250, call_beside_us=300)  # four calls
+    assert beside.slower == pytest.approx(0.2) and beside.lost_us == pytest.approx(200 / 4)
 
 
 @pytest.mark.slow
