@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -10,7 +11,8 @@ from torch import nn
 from moe_ep import Fp8Tokens, fp8
 from moe_ep.errors import InvalidInput
 
-from .fp8_experts import Fp8Weights, fp8_experts
+from .fp8_experts import fp8_experts
+from .fp8_weights import Fp8Weights
 from .grouped_matmul import matmul_by_expert
 from .row_groups import RowGroups
 from .swiglu import weighted_swiglu
@@ -79,6 +81,19 @@ class GroupedExperts(nn.Module):
         """The same for the other weight."""
         if self.fp8 is not None:
             self.fp8_weights.down.prepare(self.w_down, trained=torch.is_grad_enabled())
+
+    @contextmanager
+    def sharing_fp8_weights(self, calls: int) -> Iterator[None]:
+        """``calls`` of `forward` inside, whose backward runs in one, share what they need of FP8 weights. It lives from
+        the first to the last of them.
+        """
+        own = self.fp8_weights
+        if calls > 1 and not own.keep:
+            self.fp8_weights = own.shared(calls)
+        try:
+            yield
+        finally:
+            self.fp8_weights = own
 
     def forward(
         self,

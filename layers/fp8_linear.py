@@ -6,7 +6,8 @@ import torch
 
 from moe_ep import Fp8Tokens, fp8
 
-from .fp8_experts import QuantizedWeight, fp8_matmul, fp8_swiglu
+from .fp8_experts import fp8_matmul, fp8_swiglu
+from .fp8_weights import QuantizedWeight
 from .row_groups import RowGroups
 from .weight_gradients import Linear
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import nn
 
@@ -87,16 +89,17 @@ class MoELayer(nn.Module):
         routed = self.router(x)
         x_TH = x.reshape(-1, x.shape[-1])
         if overlaps:
-            y_TH = run_overlapped(
-                x_TH,
-                routed.topk_idx,
-                routed.topk_weights,
-                dispatcher=self.dispatcher,
-                run_experts=self.run_experts,
-                prepare_experts=self.experts.prepare_gate_up if in_fp8 else None,
-                shared=self.shared,
-                num_chunks=overlap_chunks,
-            )
+            with self.experts.sharing_fp8_weights(overlap_chunks) if in_fp8 else nullcontext():
+                y_TH = run_overlapped(
+                    x_TH,
+                    routed.topk_idx,
+                    routed.topk_weights,
+                    dispatcher=self.dispatcher,
+                    run_experts=self.run_experts,
+                    prepare_experts=self.experts.prepare_gate_up if in_fp8 else None,
+                    shared=self.shared,
+                    num_chunks=overlap_chunks,
+                )
             return y_TH.view_as(x), routed.aux_loss
         shared_TH: torch.Tensor | None = None
 

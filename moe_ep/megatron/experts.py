@@ -14,7 +14,8 @@ from torch import nn
 
 from moe_ep import Fp8Tokens, fp8
 from moe_ep.layers import WeightGradStore
-from moe_ep.layers.fp8_experts import Fp8Weights, fp8_experts
+from moe_ep.layers.fp8_experts import fp8_experts
+from moe_ep.layers.fp8_weights import Fp8Weights
 from moe_ep.layers.row_groups import RowGroups
 from moe_ep.layers.weight_gradients import compute_anew
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import weakref
 
 import pytest
 import torch
@@ -16,9 +17,11 @@ from moe_ep.layers import (
     SharedExperts,
     WeightGradStore,
     fp8_quantize,
+    fp8_weights,
     swiglu,
 )
-from moe_ep.layers.fp8_experts import Fp8Weights, QuantizedWeight, fp8_experts, fp8_matmul
+from moe_ep.layers.fp8_experts import fp8_experts, fp8_matmul
+from moe_ep.layers.fp8_weights import Fp8Weights, QuantizedWeight
 from moe_ep.layers.row_groups import RowGroups
 from moe_ep.testing import run_ranks
 
@@ -272,6 +275,36 @@ def test_a_weight_that_was_prepared_is_used_once_and_only_as_it_was():
         assert torch.equal(quantized.for_forward(weight, trained=True).scale_inv, 2 * first.scale_inv)
 
 
+def test_calls_share_weights_from_the_first_to_the_last(monkeypatch):
+    quantized, copies = [], []
+    original = fp8_weights.quantize_weight
+
+    def watched(*weights, **how):
+        result = original(*weights, **how)
+        quantized.append(how)
+        copies.extend(weakref.ref(each.data) for each in result if each is not None)
+        return result
+
+    monkeypatch.setattr(fp8_weights, "quantize_weight", watched)
+    splits = [16, 0, 32, 16]
+    inputs = [random(64, HIDDEN).requires_grad_() for _ in range(3)]
+
+    def run(calls):
+        experts = make_experts()
+        with experts.sharing_fp8_weights(calls):
+            outputs = [experts(x, None, torch.tensor(splits), splits) for x in inputs]
+        assert not any(copy() is not None for copy in copies)  # not kept for the backward
+        loss = sum(y.square().sum() for y in outputs)
+        return [*outputs, *torch.autograd.grad(loss, [*inputs, *experts.parameters()])]
+
+    expected = run(1)
+    assert len(quantized) == 3 * 2 * 2 and not any(copy() is not None for copy in copies)
+    quantized.clear()
+    got = run(3)
+    assert len(quantized) == 2 * 2 and not any(copy() is not None for copy in copies)
+    assert all(map(torch.equal, got, expected))
+
+
 @pytest.mark.parametrize("stacked", [True, False])
 def test_weights_are_quantised_some_experts_at_a_time(stacked, monkeypatch):
     groups = RowGroups(torch.tensor([16, 0, 32, 16, 8]), [16, 0, 32, 16, 8], 72)
@@ -284,7 +317,7 @@ def test_weights_are_quantised_some_experts_at_a_time(stacked, monkeypatch):
         return y, *torch.autograd.grad(y, (tokens.carrier, weight), torch.ones_like(y))
 
     expected = run()
-    monkeypatch.setattr("moe_ep.layers.fp8_experts.PIECE_BYTES", 2 * 128 * 256)
+    monkeypatch.setattr("moe_ep.layers.fp8_weights.PIECE_BYTES", 2 * 128 * 256)
     assert [first for first, _ in QuantizedWeight(False).for_backward(weight)] == [0, 2, 4]
     for got, wanted in zip(run(), expected, strict=True):
         assert torch.equal(got, wanted)

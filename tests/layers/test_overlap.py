@@ -1,5 +1,6 @@
 """Overlapped MoE layers against the serial one, and the order of calls that lets them overlap on a GPU."""
 
+import threading
 from dataclasses import replace
 
 import pytest
@@ -9,7 +10,7 @@ from processes import run_gloo
 
 import moe_ep
 from moe_ep.errors import InvalidInput
-from moe_ep.layers import ModelConfig, MoELayer, ParallelGroups, build_model
+from moe_ep.layers import ModelConfig, MoELayer, ParallelGroups, build_model, fp8_weights
 from moe_ep.testing import run_ranks
 
 CHUNKS = (1, 2, 3, 4)
@@ -90,8 +91,15 @@ def test_fp8_rows(fp8):
 
 
 @pytest.mark.parametrize("how", [{}, FP8, {**FP8, "max_recv_rows": 256}], ids=["", "fp8 rows", "static"])
-def test_fp8_experts(how):
-    """They get the same rows and gradients, in FP8 if these travel so."""
+def test_fp8_experts(how, monkeypatch):
+    """They get the same rows and gradients, in FP8 if these travel so; weights are quantised once for all chunks."""
+    quantized, original = [], fp8_weights.quantize_weight
+
+    def watched(*weights, **how):
+        quantized.append(threading.get_ident())
+        return original(*weights, **how)
+
+    monkeypatch.setattr(fp8_weights, "quantize_weight", watched)
     sizes_for_blocks = {
         "hidden": 128,
         "moe_ffn_hidden": 128,
@@ -107,8 +115,10 @@ def test_fp8_experts(how):
         assert all(map(torch.equal, outputs_overlapped, outputs))
         for name, grad in grads.items():
             assert torch.equal(grads_overlapped[name], grad), name
+        before = quantized.count(threading.get_ident())
         (y_chunked, _), _ = run(layer, x, 3)
         assert_close({"y": y_chunked}, {"y": outputs[0]}, 1e-6)
+        assert quantized.count(threading.get_ident()) - before == 4  # two weights, forward and backward
 
     ranks(config, 2, fn)
 

@@ -10,7 +10,8 @@ from torch import nn
 
 from moe_ep.fp8 import quantize
 from moe_ep.layers import WeightGradStore
-from moe_ep.layers.fp8_experts import QuantizedWeight, fp8_matmul
+from moe_ep.layers.fp8_experts import fp8_matmul
+from moe_ep.layers.fp8_weights import QuantizedWeight
 from moe_ep.layers.grouped_matmul import grouped_matmul
 from moe_ep.layers.row_groups import RowGroups
 from moe_ep.layers.weight_gradients import GradientSums, Keeper, Linear, give
