@@ -44,7 +44,7 @@ MOE_EP_BUILD_CUDA=1 step build 180 python3 setup.py -q build_ext --inplace
 step doctor 120 python3 -m moe_ep.cli doctor
 # A process for each file: an error that breaks CUDA in one leaves the others alone.
 for file in ${TESTS:-$(grep -rlE --include='test_*.py' 'mark\.gpu|needs_gpu' tests | sort)}; do
-  step "tests:$(basename "$file" .py)" 900 bash -c 'test_file "$@"' - "$file" "$@"
+  step "tests:$(basename "$file" .py)" 1800 bash -c 'test_file "$@"' - "$file" "$@"
 done
 if command -v compute-sanitizer >/dev/null; then
   for tool in ${TOOLS:-memcheck racecheck}; do step "sanitizer:$tool" 300 bash -c "sanitize $tool"; done

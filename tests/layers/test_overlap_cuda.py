@@ -1,6 +1,6 @@
 """Overlap on a GPU: which stream each call runs on, and the serial run's bits whatever the delays.
 
-``OVERLAP_STEPS`` shortens the long runs (default 2,000 steps for each mode).
+``OVERLAP_STEPS`` shortens the long runs (default 2,000 steps for each mode between GPUs, a tenth on virtual ranks).
 """
 
 import contextlib
@@ -132,7 +132,7 @@ def test_equals_serial_layer_bit_for_bit(how, layout):
 @pytest.mark.parametrize("how", HOW)
 def test_delays_change_no_bit(how, mode):
     with random_delays():
-        assert ranks(mode, lambda comm: count_differences(comm, mode, how, STEPS)) == [0] * NUM_RANKS
+        assert ranks(mode, lambda comm: count_differences(comm, mode, how, STEPS // 10)) == [0] * NUM_RANKS
 
 
 @pytest.mark.slow
