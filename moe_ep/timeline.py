@@ -86,6 +86,16 @@ class Timeline:
         return self._begin.elapsed_time(moment) * 1e3
 
 
+def own_us(outer: Span, spans: list[Span]) -> float:
+    """The time of one of a timeline's ``spans``, less that of others on its stream inside it."""
+    us, behind = outer.end_us - outer.begin_us, outer.begin_us
+    for span in spans:  # by their beginning
+        inside = span.stream == outer.stream and span.begin_us >= behind and span.end_us <= outer.end_us
+        if inside and span is not outer:
+            us, behind = us - (span.end_us - span.begin_us), span.end_us
+    return us
+
+
 _recording: Timeline | None = None
 
 

@@ -29,7 +29,7 @@ def headline(results: LayerResults) -> str:
 
 def part_ms(parts: dict[str, float], part: str) -> float:
     """Of the ranges of one part: ``moe_ep.experts.matmul`` belongs to "experts"."""
-    return sum(ms for name, ms in parts.items() if name.split(".")[1] == part)
+    return sum(ms for name, ms in parts.items() if name.split(".")[1:2] == [part])
 
 
 def lines(results: LayerResults) -> list[tuple[str, ...]]:

@@ -11,7 +11,7 @@ import torch
 
 from .. import Communicator, functional
 from ..streams import named_range
-from ..timeline import Span, Timeline
+from ..timeline import Span, Timeline, own_us
 from .copy_engine import CopyToNeighbour
 from .measure import Stopwatch, gather, median
 from .overlap_pieces import Operation, OverlapPlan, Piece, Pieces
@@ -182,7 +182,8 @@ class OverlapBench:
         timeline = Timeline(self.device)
         self._once(operation, lambda run: self._record(run, timeline))
         spans = timeline.spans()
-        found.calls_us.append([_without_inner(span, spans) for span in _of(spans, COMMUNICATION)])
+        # A dispatch has inside what is computed while the host waits.
+        found.calls_us.append([own_us(span, spans) for span in _of(spans, COMMUNICATION)])
         found.experts_us.append(sum(span.end_us - span.begin_us for span in _of(spans, EXPERTS)))
 
     def _time(self, operation: Operation) -> float:
@@ -298,13 +299,3 @@ class _Samples:
 
 def _of(spans: list[Span], prefix: str | tuple[str, ...]) -> list[Span]:
     return [span for span in spans if span.name.startswith(prefix)]
-
-
-def _without_inner(outer: Span, spans: list[Span]) -> float:
-    """Its time, less that of others on its stream inside it: of what a dispatch computes while the host waits."""
-    us, behind = outer.end_us - outer.begin_us, outer.begin_us
-    for span in spans:  # by their beginning
-        inside = span.stream == outer.stream and span.end_us <= outer.end_us and span.begin_us >= behind
-        if inside and span is not outer:
-            us, behind = us - (span.end_us - span.begin_us), span.end_us
-    return us

@@ -7,7 +7,7 @@ import torch
 
 import moe_ep
 from moe_ep.streams import named_range
-from moe_ep.timeline import Timeline
+from moe_ep.timeline import Span, Timeline, own_us
 
 CPU = torch.device("cpu")
 
@@ -56,3 +56,19 @@ def test_the_backward_is_seen():
     names = [span.name for span in timeline.spans()]
     forward = ["moe_ep.dispatch", "moe_ep.combine"]
     assert names == [*forward, "moe_ep.combine.backward", "moe_ep.dispatch.backward"]
+
+
+def test_a_spans_own_time_is_without_those_inside():
+    dispatch = Span("moe_ep.dispatch", 0, 10, 100)
+    spans = [
+        Span("moe_ep.router", 0, 0, 9),
+        dispatch,
+        Span("moe_ep.experts.quantize_weight", 0, 15, 20),
+        Span("shared expert", 0, 20, 60),
+        Span("moe_ep.experts.swiglu", 0, 30, 40),
+        Span("experts", 1, 30, 90),
+        Span("experts", 0, 101, 150),
+    ]
+    assert own_us(dispatch, spans) == 90 - 5 - 40
+    assert own_us(spans[3], spans) == 40 - 10
+    assert own_us(spans[-1], spans) == 49

@@ -7,7 +7,6 @@ import pytest
 from moe_ep import cli
 from moe_ep.bench import lanes, overlap, overlap_report
 from moe_ep.bench.overlap import Beside, Hidden, Run
-from moe_ep.timeline import Span
 
 PIECES = [
     "shared expert",
@@ -42,21 +41,6 @@ def test_communication_is_what_a_call_takes_on_the_rank_that_comes_last(monkeypa
     ]
     monkeypatch.setattr(overlap, "gather", lambda _: ranks)
     assert ranks[0].over_ranks() == Run(980, 100, communication_us=50, experts_us=410, peak_bytes=6)
-
-
-def test_what_a_dispatch_computes_meanwhile_is_no_communication():
-    dispatch = Span("moe_ep.dispatch", 0, 10, 100)
-    spans = [
-        Span("moe_ep.router", 0, 0, 9),
-        dispatch,
-        Span("moe_ep.experts.quantize_weight", 0, 15, 20),
-        Span("shared expert", 0, 20, 60),
-        Span("moe_ep.experts.swiglu", 0, 30, 40),
-        Span("experts", 1, 30, 90),
-        Span("experts", 0, 101, 150),
-    ]
-    assert overlap._without_inner(dispatch, spans) == 90 - 5 - 40
-    assert overlap._without_inner(spans[-1], spans) == 49
 
 
 def test_what_a_call_costs_the_experts():

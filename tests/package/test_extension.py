@@ -78,7 +78,9 @@ def test_grouped_products_without_transformer_engine(module):
     if products.is_there():
         pytest.skip("Transformer Engine is loaded")
     names = ("data", "scales", "width", "height", "scale_width")
-    rows = products.Matrices(form=products.Form.rows, dtype=module.DType.bfloat16, **dict.fromkeys(names, 16))
+    rows = products.Matrices(
+        form=products.Form.rows, dtype=module.DType.bfloat16, places=(), **dict.fromkeys(names, 16)
+    )
     with pytest.raises(ValueError, match="Transformer Engine is not loaded"):
         products.multiply(
             product=products.Product.rows_by_weights,
@@ -89,7 +91,6 @@ def test_grouped_products_without_transformer_engine(module):
             rows=[1],
             workspace=0,
             workspace_bytes=1 << 20,
-            num_sms=0,
             stream=0,
         )
 
