@@ -12,7 +12,7 @@ from moe_ep import Fp8Tokens, fp8
 from moe_ep.errors import InvalidInput
 
 from .fp8_experts import fp8_experts
-from .fp8_weights import Fp8Weights
+from .fp8_weights import Fp8Weights, SharedWeights
 from .grouped_matmul import matmul_by_expert
 from .row_groups import RowGroups
 from .swiglu import weighted_swiglu
@@ -58,7 +58,7 @@ class GroupedExperts(nn.Module):
         self.first_expert = first_expert
         self.init_std = init_std
         self.fp8 = fp8
-        self.fp8_weights = Fp8Weights(keep_fp8_weights)
+        self.fp8_weights: Fp8Weights | SharedWeights = Fp8Weights(keep_fp8_weights)
         factory = {"device": device, "dtype": dtype}
         self.w_gate_up = nn.Parameter(torch.empty(num_local_experts, 2 * ffn_hidden, hidden, **factory))
         self.w_down = nn.Parameter(torch.empty(num_local_experts, hidden, ffn_hidden, **factory))

@@ -27,7 +27,7 @@ from .fp8_quantize import (
     requantize_columns,
     requantize_tiles,
 )
-from .fp8_weights import AnyWeight, Fp8Weights
+from .fp8_weights import AnyWeight, Fp8Weights, SharedWeights
 from .row_groups import RowGroups
 from .weight_gradients import Gradients, Weights, give, put_or_return
 
@@ -38,7 +38,7 @@ def fp8_experts(
     w_gate_up: torch.Tensor | Sequence[torch.Tensor],
     w_down: torch.Tensor | Sequence[torch.Tensor],
     groups: RowGroups,
-    quantized: Fp8Weights,
+    quantized: Fp8Weights | SharedWeights,
 ) -> torch.Tensor:
     """``w_down[e] (silu(gate) * up * router_weight)``, ``[gate; up] = w_gate_up[e] x``: ``[N, H]`` in w_down's dtype.
 

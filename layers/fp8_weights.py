@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
 
@@ -11,6 +12,8 @@ from moe_ep.streams import named_range
 
 from .fp8_quantize import Fp8Weight, quantize_weight
 from .weight_gradients import Weights
+
+Value = TypeVar("Value")
 
 Key = list[tuple[int, int]]
 """Address and version of each weight."""
@@ -83,43 +86,47 @@ def _key_of(weights: Weights) -> Key:
 
 
 class SharedWeight:
-    """A `QuantizedWeight` for ``uses`` products of one graph, which share its copies.
-
-    That for the forward is dropped after the last product's forward, that for the backward after the last backward.
+    """A `QuantizedWeight` for ``uses`` products of one graph, which share its copies: one in the forward, from the
+    first product to the last, and one in the backward.
     """
 
     def __init__(self, weight: QuantizedWeight, uses: int) -> None:
-        self._weight, self._uses = weight, uses
-        self.forget()
+        self._weight = weight
+        self._forward: _ForUses[Fp8Weight] = _ForUses(uses)
+        self._backward: _ForUses[list[tuple[int, Fp8Weight]]] = _ForUses(uses)
 
     def prepare(self, *weights: torch.Tensor, trained: bool) -> None:
         """As `QuantizedWeight.prepare`."""
-        self._forward = self._weight.for_forward(*weights, trained=trained)
+        self._forward.prepare(lambda: self._weight.for_forward(*weights, trained=trained))
 
     def for_forward(self, *weights: torch.Tensor, trained: bool) -> Fp8Weight:
         """As `QuantizedWeight.for_forward`."""
-        if self._forward is None:
-            self.prepare(*weights, trained=trained)
-        quantized = self._forward
-        self._forward_left = (self._forward_left or self._uses) - 1
-        if self._forward_left == 0:
-            self._forward = None
-        return quantized
+        self.prepare(*weights, trained=trained)
+        return self._forward.take()
 
     def for_backward(self, *weights: torch.Tensor) -> Iterator[tuple[int, Fp8Weight]]:
         """As `QuantizedWeight.for_backward`."""
-        if self._backward is None:
-            self._backward = list(self._weight.for_backward(*weights))
-        pieces = self._backward
-        self._backward_left = (self._backward_left or self._uses) - 1
-        if self._backward_left == 0:
-            self._backward = None
-        yield from pieces
+        self._backward.prepare(lambda: list(self._weight.for_backward(*weights)))
+        return iter(self._backward.take())
 
-    def forget(self) -> None:
-        self._forward: Fp8Weight | None = None
-        self._backward: list[tuple[int, Fp8Weight]] | None = None
-        self._forward_left = self._backward_left = 0
+
+class _ForUses(Generic[Value]):
+    """A value that is dropped when it has been taken ``uses`` times; the next is made then."""
+
+    def __init__(self, uses: int) -> None:
+        self._uses, self._left = uses, 0
+        self._value: Value | None = None
+
+    def prepare(self, make: Callable[[], Value]) -> None:
+        """``make`` it, unless it is there."""
+        if self._left == 0:
+            self._value, self._left = make(), self._uses
+
+    def take(self) -> Value:
+        value, self._left = self._value, self._left - 1
+        if self._left == 0:
+            self._value = None
+        return value
 
 
 AnyWeight = QuantizedWeight | SharedWeight
@@ -130,15 +137,20 @@ class Fp8Weights:
 
     def __init__(self, keep: bool) -> None:
         self.keep = keep
-        self.gate_up: AnyWeight = QuantizedWeight(keep)
-        self.down: AnyWeight = QuantizedWeight(keep)
+        self.gate_up, self.down = QuantizedWeight(keep), QuantizedWeight(keep)
 
-    def shared(self, uses: int) -> Fp8Weights:
+    def shared(self, uses: int) -> SharedWeights:
         """For ``uses`` calls of the experts in one graph, and their backward."""
-        shared = copy.copy(self)
-        shared.gate_up, shared.down = SharedWeight(self.gate_up, uses), SharedWeight(self.down, uses)
-        return shared
+        return SharedWeights(SharedWeight(self.gate_up, uses), SharedWeight(self.down, uses))
 
     def forget(self) -> None:
         self.gate_up.forget()
         self.down.forget()
+
+
+@dataclass(frozen=True)
+class SharedWeights:
+    """The same, shared by some calls."""
+
+    gate_up: SharedWeight
+    down: SharedWeight

@@ -135,19 +135,17 @@ class OverlapBench:
 
     def hidden(self, piece: Piece) -> list[Hidden]:
         """One for each number of SMs."""
-        one_stream, two_streams = (lambda: piece.overlapped(True)), (lambda: piece.overlapped(False))
-        ways = [_Way(lambda: piece.plain)]
-        for num_sms in self.plan.num_sms:
-            ways += [_Way(one_stream, num_sms), _Way(two_streams, num_sms)]
-        plain, *runs = self._measure(ways)
+        without = _Way(lambda: piece.plain)
+        in_turn = [_Way(lambda: piece.overlapped(True), num_sms) for num_sms in self.plan.num_sms]
+        overlapped = [_Way(lambda: piece.overlapped(False), num_sms) for num_sms in self.plan.num_sms]
+        plain, *runs = self._measure([without, *in_turn, *overlapped])
         beside_us = max(plain.us - plain.communication_us, 0.0)
         if piece.beside is not None:
             beside_us = min(beside_us, self._time(piece.beside))
-        self._keep(ways[0])
-        for way in ways[2::2]:
+        for way in (without, *overlapped):
             self._keep(way)
         self.pieces.set_num_sms(None)
-        pairs = zip(self.plan.num_sms, runs[::2], runs[1::2], strict=True)
+        pairs = zip(self.plan.num_sms, runs[: len(in_turn)], runs[len(in_turn) :], strict=True)
         return [Hidden(piece.name, num_sms, plain, *pair, beside_us) for num_sms, *pair in pairs]
 
     def _keep(self, way: _Way) -> None:
