@@ -136,7 +136,7 @@ void bind(py::module_& module) {
           [](const Communicator& self, Address topk_idx, bool is_int64, int num_tokens, bool expert_layout,
              int alignment, int64_t max_rows, bool fixed_rows, Address tables, Address tokens_per_expert,
              Address padded_tokens_per_expert, Address rows_needed, Address ids, int64_t ticket, int num_sms,
-             Address stream, const std::optional<Notes>& notes) {
+             Address stream, bool meets, const std::optional<Notes>& notes) {
             const Plan plan{pointer<void>(topk_idx),
                             is_int64,
                             num_tokens,
@@ -152,20 +152,21 @@ void bind(py::module_& module) {
                             ticket,
                             num_sms,
                             pointer<CUstream_st>(stream),
-                            notes.value_or(Notes{})};
+                            notes.value_or(Notes{}),
+                            meets};
             self.launch([&](const Group& group) { return launch_plan(group, plan); });
           },
           py::arg("topk_idx"), py::arg("is_int64"), py::arg("num_tokens"), py::arg("expert_layout"),
           py::arg("alignment"), py::arg("max_rows"), py::arg("fixed_rows"), py::arg("tables"),
           py::arg("tokens_per_expert"), py::arg("padded_tokens_per_expert"), py::arg("rows_needed"),
-          py::arg("ids"), py::arg("ticket"), py::arg("num_sms"), py::arg("stream"),
+          py::arg("ids"), py::arg("ticket"), py::arg("num_sms"), py::arg("stream"), py::arg("meets"),
           py::arg("notes") = std::nullopt)
       .def(
           "dispatch",
           [](const Communicator& self, Address rows, int64_t row_bytes, std::optional<DType> quantised_from,
              Address scales, int scale_words, float scale_padding, Address weights, Address tables,
              Address out_rows, Address out_scales, Address out_weights, int64_t num_rows, bool expert_layout,
-             bool has_padding, int num_blocks, int send_blocks, Address stream) {
+             bool has_padding, int num_blocks, int send_blocks, Address stream, bool meets) {
             const Dispatch dispatch{pointer<char>(rows),
                                     row_bytes,
                                     quantised_from.has_value(),
@@ -183,19 +184,20 @@ void bind(py::module_& module) {
                                     has_padding,
                                     num_blocks,
                                     send_blocks,
-                                    pointer<CUstream_st>(stream)};
+                                    pointer<CUstream_st>(stream),
+                                    meets};
             self.launch([&](const Group& group) { return launch_dispatch(group, dispatch); });
           },
           py::arg("rows"), py::arg("row_bytes"), py::arg("quantised_from"), py::arg("scales"),
           py::arg("scale_words"), py::arg("scale_padding"), py::arg("weights"), py::arg("tables"),
           py::arg("out_rows"), py::arg("out_scales"), py::arg("out_weights"), py::arg("num_rows"),
           py::arg("expert_layout"), py::arg("has_padding"), py::arg("num_blocks"), py::arg("send_blocks"),
-          py::arg("stream"))
+          py::arg("stream"), py::arg("meets"))
       .def(
           "combine",
           [](const Communicator& self, Address rows, DType dtype, int64_t row_bytes, Address row_weights,
              Address bias_0, Address bias_1, Address tables, int num_tokens, Address out, Address out_weights,
-             bool expert_layout, int num_blocks, int send_blocks, Address stream, int num_added) {
+             bool expert_layout, int num_blocks, int send_blocks, Address stream, bool meets, int num_added) {
             const Combine combine{pointer<char>(rows),
                                   dtype,
                                   row_bytes,
@@ -209,13 +211,14 @@ void bind(py::module_& module) {
                                   num_blocks,
                                   send_blocks,
                                   pointer<CUstream_st>(stream),
-                                  num_added};
+                                  num_added,
+                                  meets};
             self.launch([&](const Group& group) { return launch_combine(group, combine); });
           },
           py::arg("rows"), py::arg("dtype"), py::arg("row_bytes"), py::arg("row_weights"), py::arg("bias_0"),
           py::arg("bias_1"), py::arg("tables"), py::arg("num_tokens"), py::arg("out"), py::arg("out_weights"),
           py::arg("expert_layout"), py::arg("num_blocks"), py::arg("send_blocks"), py::arg("stream"),
-          py::arg("num_added") = 0);
+          py::arg("meets"), py::arg("num_added") = 0);
 }
 
 }  // namespace moe_ep::nvlink

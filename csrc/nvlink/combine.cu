@@ -5,6 +5,7 @@
 
 #include "nvlink/belt.cuh"
 #include "nvlink/mailbox.cuh"
+#include "nvlink/meet.h"
 #include "nvlink/plan_tables.h"
 #include "nvlink/rings.cuh"
 #include "nvlink/work.cuh"
@@ -441,6 +442,7 @@ __global__ void __launch_bounds__(32 * (kWarps + 1), 1)
   if (has_failed(group)) return;
   const Crew crew(launch.combine.send_blocks);
   const Mailbox mailbox(notices, crew.warps);
+  if (crew.is_herald() && blockIdx.x == 0) tell_presence(group, number_of_call(group));
   if (!crew.is_herald()) {
     const Context context(group, launch, call);
     const int warp = threadIdx.x / 32;
@@ -478,6 +480,10 @@ Status launch_combine(const Group& group, const Combine& combine) {
   if (group.size > 1 && launch.slots.rows == 0) return ring_too_small(group, launch.slots.bytes);
   launch.belt.segment_bytes = kSegmentBytes;
   launch.belt.stages = kStages;
+  if (combine.meets) {
+    const Status status = launch_meet(group, Phase::combine_receive, combine.stream);
+    if (!status.is_ok()) return status;
+  }
   return for_dtype(combine.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     const Status status = allow_shared_memory(reinterpret_cast<const void*>(&combine_impl<T>), kSharedBytes);

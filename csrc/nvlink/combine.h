@@ -25,6 +25,7 @@ struct Combine {
   // Not 0, in the rank layout: row_weights are numbers [N, num_added] that are added up over ranks, by the
   // order of the last k of each, as the rows are; out_weights are the sums. Up to 32.
   int num_added = 0;
+  bool meets = false;  // as in Dispatch
 };
 
 Status launch_combine(const Group& group, const Combine& combine);

@@ -6,6 +6,7 @@
 #include "nvlink/belt.cuh"
 #include "nvlink/formats.cuh"
 #include "nvlink/mailbox.cuh"
+#include "nvlink/meet.h"
 #include "nvlink/plan_tables.h"
 #include "nvlink/rings.cuh"
 #include "nvlink/work.cuh"
@@ -393,6 +394,7 @@ __global__ void __launch_bounds__(32 * (kMaxWarps + 1), 1)
   if (has_failed(group)) return;
   const Crew crew(launch.dispatch.send_blocks);
   const Mailbox mailbox(notices, crew.warps);
+  if (crew.is_herald() && blockIdx.x == 0) tell_presence(group, number_of_call(group));
   if (!crew.is_herald()) {
     const Context context(group, launch, call);
     const int warp = threadIdx.x / 32;
@@ -436,6 +438,10 @@ Status launch_dispatch(const Group& group, const Dispatch& dispatch) {
   // busy by more warps, the more so the shorter their rows are.
   const int warps = dispatch.num_blocks > 32 ? 7 : segments > 1 ? 10 : kMaxWarps;
   launch.belt.stages = std::min(kMaxStages, kSharedBytes / warps / launch.belt.segment_bytes);
+  if (dispatch.meets) {
+    const Status status = launch_meet(group, Phase::dispatch_receive, dispatch.stream);
+    if (!status.is_ok()) return status;
+  }
   const auto launch_as = [&](auto* kernel) {
     const Status status = allow_shared_memory(reinterpret_cast<const void*>(kernel), kSharedBytes);
     if (!status.is_ok()) return status;

@@ -26,6 +26,7 @@ struct Dispatch {
   int num_blocks;
   int send_blocks;  // of these; 0 in a group of one rank
   cudaStream_t stream;
+  bool meets = false;  // first waits for all ranks, on one multiprocessor: launch_meet
 };
 
 Status launch_dispatch(const Group& group, const Dispatch& dispatch);

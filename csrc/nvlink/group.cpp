@@ -23,6 +23,7 @@ WindowLayout window_layout(int size, int max_tokens, int num_topk, int64_t ring_
   at.drained = reserve(size * 8);
   at.routing_arrived = reserve(size * 8);
   at.routing_drained = reserve(size * 8);
+  at.present = reserve(size * 8);
   at.headers = reserve(size * 8);
   at.routing = reserve(size * at.routing_bytes);
   at.rings = reserve((size - 1) * ring_bytes);

@@ -27,6 +27,7 @@ struct WindowLayout {
   int64_t drained;          // uint64 [s]: signals that s has read this rank's rows, so that more may follow
   int64_t routing_arrived;  // uint64 [s]
   int64_t routing_drained;  // uint64 [s]
+  int64_t present;          // uint64 [s]: the latest call that s has come to
   int64_t headers;          // int32 [s][2]: tokens of s, and whether ids of s were bad
   int64_t routing;          // int16 [s][max_tokens][num_topk]
   int64_t rings;            // [R - 1][ring_bytes]

@@ -1,5 +1,6 @@
 #include "nvlink/plan.h"
 
+#include "nvlink/meet.h"
 #include "nvlink/plan_tables.h"
 #include "nvlink/routing.cuh"
 #include "nvlink/sync.cuh"
@@ -274,6 +275,7 @@ __device__ bool make_plan(const Group& group, const Plan& plan, const Shared& sh
   const PlanTables tables(plan.tables, group);
   Workspace* workspace = group.workspace;
   const uint64_t number = load_volatile(&workspace->plans);
+  if (blockIdx.x == 0 && threadIdx.x < 32) tell_presence(group, number_of_call(group));
   if (!send_routing(group, plan, number)) return false;
 
   bool arrived = true;
@@ -380,6 +382,10 @@ Status launch_plan(const Group& group, const Plan& plan) {
   const Status status =
       allow_shared_memory(reinterpret_cast<const void*>(&plan_kernel), static_cast<int>(shared_bytes));
   if (!status.is_ok()) return status;
+  if (plan.meets) {
+    const Status met = launch_meet(group, Phase::receive_routing, plan.stream);
+    if (!met.is_ok()) return met;
+  }
   plan_kernel<<<plan.num_sms, kPlanThreads, shared_bytes, plan.stream>>>(group, plan);
   return Status::from_cuda(cudaGetLastError(), "launching the plan kernel");
 }

@@ -41,6 +41,7 @@ struct Plan {
   int num_sms;
   cudaStream_t stream;
   Notes notes{};
+  bool meets = false;  // as in Dispatch
 };
 
 Status launch_plan(const Group& group, const Plan& plan);

@@ -35,10 +35,6 @@ __device__ __forceinline__ int most_tokens(const Group& group, const Plan& plan)
   return plan.notes.per_rank == nullptr ? group.max_tokens : plan.notes.max_tokens;
 }
 
-__device__ __forceinline__ uint64_t* signal(const Group& group, int at_rank, int64_t where, int of) {
-  return reinterpret_cast<uint64_t*>(group.windows[at_rank] + where) + of;
-}
-
 __device__ __forceinline__ int64_t load_id(const Plan& plan, int64_t at) {
   return plan.is_int64 ? static_cast<const int64_t*>(plan.topk_idx)[at]
                        : static_cast<const int*>(plan.topk_idx)[at];

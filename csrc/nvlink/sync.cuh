@@ -3,20 +3,10 @@
 #include <cstdint>
 
 #include "nvlink/group.h"
+#include "nvlink/phase.h"
 
 // Signals between ranks, and waiting for them for a limited time.
 namespace moe_ep::nvlink {
-
-// What a wait was for; moe_ep/backends/nvlink.py has the names.
-enum class Phase : int {
-  send_routing,
-  receive_routing,
-  plan,
-  dispatch_send,
-  dispatch_receive,
-  combine_send,
-  combine_receive
-};
 
 __device__ __forceinline__ uint64_t load_acquire(const void* from) {
   uint64_t value;
@@ -95,6 +85,24 @@ static __device__ __noinline__ bool wait_slowly(const uint64_t* signal, uint64_t
 __device__ __forceinline__ bool wait_for(const uint64_t* signal, uint64_t value, const Group& group,
                                          Phase phase, int peer) {
   return load_acquire(signal) >= value || wait_slowly(signal, value, group, phase, peer);
+}
+
+// Of rank `of`, in the window of rank `at_rank`; `where`: of a WindowLayout.
+__device__ __forceinline__ uint64_t* signal(const Group& group, int at_rank, int64_t where, int of) {
+  return reinterpret_cast<uint64_t*>(group.windows[at_rank] + where) + of;
+}
+
+// Plans, dispatches and combines have one number each: from 1 on, the same on all ranks. Of the one that
+// begins.
+__device__ __forceinline__ uint64_t number_of_call(const Group& group) {
+  return load_volatile(&group.workspace->calls) + load_volatile(&group.workspace->plans) + 1;
+}
+
+// By one warp of each call: this rank has come to it. See launch_meet.
+__device__ __forceinline__ void tell_presence(const Group& group, uint64_t number) {
+  for (int peer = threadIdx.x % 32; peer < group.size; peer += 32) {
+    if (peer != group.rank) store_relaxed(signal(group, peer, group.at.present, group.rank), number);
+  }
 }
 
 // True for all threads of the one block that comes here last. With `Publishes`, it sees everything that the

@@ -98,6 +98,7 @@ class NvlinkBackend(Backend):
         self._tickets = 0
         self._num_sms: dict[tuple, tuple[int, int]] = {}
         self._last_stream: torch.cuda.Stream | None = None
+        self._beside_computation = False
         torch.cuda.current_stream(device).synchronize()
         members.all_gather(torch.zeros(1, dtype=torch.int64, device="cpu"))  # all memory is there and zero
 
@@ -142,7 +143,7 @@ class NvlinkBackend(Backend):
             ids=0 if ids is None else ids.data_ptr(),
             ticket=self._tickets if exact else 0,
             num_sms=self.num_sms("dispatch", spec.layout, 2, num_tokens, num_sms)[0],
-            stream=self.stream(),
+            **self._place(),
             notes=notes,
         )
         # Before the wait, since dispatch is waited for from the plan's end on.
@@ -286,7 +287,7 @@ class NvlinkBackend(Backend):
             has_padding=spec.expert_alignment > 1 or spec.max_recv_rows is not None,
             num_blocks=blocks[0],
             send_blocks=blocks[1],
-            stream=self.stream(),
+            **self._place(),
         )
         return row_weights
 
@@ -332,7 +333,7 @@ class NvlinkBackend(Backend):
             expert_layout=spec.layout == "expert",
             num_blocks=num_blocks,
             send_blocks=send_blocks,
-            stream=self.stream(),
+            **self._place(),
             num_added=row_weights.shape[1] if adds_weights else 0,
         )
         return out, topk_weights
@@ -437,7 +438,14 @@ class NvlinkBackend(Backend):
             if last is not None and _same_capture(last, stream):
                 stream.wait_stream(last)
             self._last_stream = stream
+            self._beside_computation = stream.priority < 0
         return address
+
+    def _place(self) -> dict[str, int | bool]:
+        """Where a kernel is launched. On a stream with priority it is beside computation, and ranks come to it at
+        different times: one that is early waits on one multiprocessor, and leaves the others to what it computes.
+        """
+        return {"stream": self.stream(), "meets": self._beside_computation}
 
     def check_device(self, tensor: torch.Tensor) -> torch.device:
         device = tensor.device

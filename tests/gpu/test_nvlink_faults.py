@@ -20,7 +20,15 @@ pytestmark = needs_gpu
 
 TIMEOUT_S = 2.0
 FAULTY = 1
-STEPS = ["dispatch", "static dispatch", "combine", "backward", "barrier"]
+STEPS = [
+    "dispatch",
+    "static dispatch",
+    "asynchronous static dispatch",
+    "combine",
+    "asynchronous combine",
+    "backward",
+    "barrier",
+]
 
 
 class Absent(Exception):
@@ -38,12 +46,18 @@ def call(case: Case, comm: moe_ep.Communicator, last: str, before_last=lambda: N
     if "dispatch" in last or last == "barrier":
         before_last()
     if last != "barrier":
-        room = 200 if last == "static dispatch" else None
-        out = moe_ep.dispatch(x, topk_idx, inputs.topk_weights, comm, max_recv_rows=room)
-    if last == "combine":
+        room = 200 if "static" in last else None
+        dispatch = (
+            moe_ep.dispatch_async if last == "asynchronous static dispatch" else at_once(moe_ep.dispatch)
+        )
+        out, dispatched = dispatch(x, topk_idx, inputs.topk_weights, comm, max_recv_rows=room)
+        dispatched.wait()
+    if "combine" in last:
         before_last()
-    if last in ("combine", "backward"):
-        y = moe_ep.combine(out.tokens, out.handle)
+    if "combine" in last or last == "backward":
+        combine = moe_ep.combine_async if last == "asynchronous combine" else at_once(moe_ep.combine)
+        y, combined = combine(out.tokens, out.handle)
+        combined.wait()
     if last == "backward":
         torch.cuda.current_stream().synchronize()
         before_last()
@@ -51,6 +65,11 @@ def call(case: Case, comm: moe_ep.Communicator, last: str, before_last=lambda: N
     # What a kernel found is raised by the next call that has a rank wait.
     torch.cuda.current_stream().synchronize()
     comm.barrier()
+
+
+def at_once(function):
+    """The same as if it were asynchronous."""
+    return lambda *args, **options: (function(*args, **options), moe_ep.Event())
 
 
 def outcome_of(case: Case, comm: moe_ep.Communicator, last: str, before_last=lambda: None) -> dict:
@@ -112,7 +131,7 @@ def test_a_late_virtual_rank_is_named(world_size, last):
     finally:
         given_up.abort()
     check_outcomes({rank: each for rank, each in enumerate(results) if rank != FAULTY}, slack_s=4)
-    if last == "combine":
+    if "combine" in last:
         assert all("combine" in results[r]["phase"] for r in range(world_size) if r != FAULTY), results
     torch.cuda.synchronize()
     arguments["timeout_s"] = 20.0

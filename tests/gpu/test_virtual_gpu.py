@@ -50,6 +50,20 @@ def test_kernel_cases(case):
     check(case)
 
 
+@pytest.mark.parametrize("case", kernel_cases(3), ids=str)
+@pytest.mark.parametrize("early", [(0,), (1, 2), (0, 1, 2)], ids=str)
+def test_some_ranks_wait_on_one_sm(case, early):
+    """A call on a stream with priority waits for those of other ranks, whether they wait or not."""
+
+    def fn(comm):
+        current = torch.cuda.current_stream()
+        with torch.cuda.stream(comm.stream(current.device) if comm.rank in early else current):
+            return run_case(case, comm, "cuda")
+
+    arguments = {"device": "cuda", "timeout_s": TIMEOUT_S, **case.communicator_arguments}
+    assert_case(case, run_ranks(case.world_size, fn, **arguments))
+
+
 def quantising(cases: Iterable[Case]) -> list[Case]:
     return [
         replace(case, dtype=dtype)
