@@ -30,11 +30,12 @@ from .router import Router, RouterOutput
 from .sizes import ParameterCounts
 from .token_dispatcher import TokenDispatcher
 from .transformer import TransformerBlock
-from .weight_gradients import WeightGradStore
+from .weight_gradients import GradAccumulation, WeightGradStore
 
 __all__ = [
     "DeepSeekModel",
     "FeedForward",
+    "GradAccumulation",
     "GroupedExperts",
     "MicroBatchSchedule",
     "MoELayer",

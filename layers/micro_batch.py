@@ -15,7 +15,7 @@ from .block_pass import BlockPass
 from .lanes import Lanes
 from .model import DeepSeekModel, token_loss
 from .transformer import TransformerBlock
-from .weight_gradients import WeightGradStore
+from .weight_gradients import WeightGradStore, add_to_grad
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class MicroBatchSchedule:
     """
 
     def __init__(self, model: DeepSeekModel, *, overlap: bool = True) -> None:
-        self.model, self.store = model, WeightGradStore()
+        self.model, self.store = model, WeightGradStore(add_to_grad)
         self.lanes = Lanes(model.comm, model.head.weight.device, model.config, overlap=overlap)
 
     def step(self, micro_batches: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> list[Losses]:

@@ -2,8 +2,8 @@
 
 A backward has two halves: the gradients of activations, which the layers before wait for, and those of weights, which
 nothing waits for until the optimiser. Kept apart, the second half can run later, while the result of the first travels
-(`WeightGradStore`); and what several products of one weight have for it can be added up by the products themselves
-(`GradientSums`).
+(`WeightGradStore`); and products can add it themselves to what is there, of other products of the same weight
+(`GradientSums`) or of other micro-batches (`GradAccumulation`).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -54,12 +55,39 @@ def compute_anew(weights: Weights, compute: Compute) -> Gradients:
     return compute(None)
 
 
+@torch.no_grad()
+def add_to_grad(weights: Weights, compute: Compute) -> Gradients | None:
+    """Has ``compute`` add to the weights' ``.grad``, or be it if there is none; returns what autograd is to get.
+
+    Autograd would have a gradient written, read that and ``.grad``, and write their sum. It still does for weights with
+    hooks, whose gradients have another dtype, or that are on a CPU, where a product rounds differently if it adds.
+    """
+    if not all(_takes_products(weight) for weight in weights):
+        return compute(None)
+    if any(weight.grad is None for weight in weights):
+        grads = compute(None)
+        for weight, grad in zip(weights, (grads,) if isinstance(grads, torch.Tensor) else grads, strict=True):
+            weight.grad = grad if weight.grad is None else weight.grad.add_(grad)
+    else:
+        compute(weights[0].grad if len(weights) == 1 else tuple(weight.grad for weight in weights))
+    return None
+
+
+def _takes_products(weight: torch.Tensor) -> bool:
+    if not weight.is_cuda or weight._backward_hooks or weight._post_accumulate_grad_hooks:
+        return False
+    grad = weight.grad
+    if grad is None:
+        return getattr(weight, "grad_dtype", weight.dtype) == weight.dtype
+    return grad.dtype == weight.dtype and grad.is_contiguous()
+
+
 class WeightGradStore(Keeper):
     """Weight gradients that wait to be computed.
 
     A product whose forward ran inside `collecting` leaves its weight's gradient here when its backward runs; `run`
     computes what is there, in the order in which it came, and adds it to ``.grad`` as autograd would, hooks included.
-    ``gradients``: what autograd gets for weights, by what computes their gradients.
+    ``gradients``: what autograd gets for weights, by what computes their gradients; None: nothing.
 
     >>> layer, store = Linear(2, 3), WeightGradStore()
     >>> with store.collecting():
@@ -74,7 +102,7 @@ class WeightGradStore(Keeper):
             [1., 1.]])
     """
 
-    def __init__(self, gradients: Callable[[Weights, Compute], Gradients] = compute_anew) -> None:
+    def __init__(self, gradients: Callable[[Weights, Compute], Gradients | None] = compute_anew) -> None:
         self._gradients = gradients
         self._waiting: list[tuple[Sequence[torch.Tensor], Compute]] = []
 
@@ -89,7 +117,8 @@ class WeightGradStore(Keeper):
             weights, compute = waiting.pop()
             with torch.no_grad():
                 grads = self._gradients(weights, compute)
-            torch.autograd.backward(weights, grads)
+            if grads is not None:
+                torch.autograd.backward(weights, grads)
             del compute, grads
 
     def take(self, weights: Weights) -> tuple[Weights, Put | None]:
@@ -100,12 +129,35 @@ class WeightGradStore(Keeper):
         return hidden, lambda compute: self._waiting.append((weights, compute))
 
 
+class GradAccumulation(Keeper):
+    """Adds to ``.grad`` in the products, over micro-batches.
+
+    What `add_to_grad` says of a product whose forward ran inside `collecting` happens when its backward runs. So it is
+    for ``backward``, and not for ``torch.autograd.grad``.
+
+    >>> layer = Linear(2, 3)
+    >>> for _ in range(2):
+    ...     with GradAccumulation().collecting():
+    ...         y = layer(torch.ones(1, 2, requires_grad=True))
+    ...     y.sum().backward()
+    >>> layer.weight.grad
+    tensor([[2., 2.],
+            [2., 2.],
+            [2., 2.]])
+    """
+
+    def take(self, weights: Weights) -> tuple[Weights, Put | None]:
+        if not all(weight.requires_grad and weight.is_leaf for weight in weights):
+            return weights, None
+        return weights, partial(add_to_grad, weights)
+
+
 class GradientSums(Keeper):
     """What several products of one graph have for the gradient of a weight, added up by the products.
 
     Autograd would have each write its own, and then add them up: for experts that is three times their weights' memory
     to read or write for each product after the first. Products whose forward ran inside `collecting` add to one tensor
-    instead, which autograd gets when the last of them has run. A `WeightGradStore` around it comes first.
+    instead, which autograd gets when the last of them has run. Another `Keeper` around it comes first.
 
     >>> layer, sums = Linear(2, 3), GradientSums()
     >>> with sums.collecting():
@@ -220,5 +272,4 @@ class _Linear(torch.autograd.Function):
         def weight_gradient(into: torch.Tensor | None) -> torch.Tensor:
             return grad_MO.t() @ x_MI if into is None else into.addmm_(grad_MO.t(), x_MI)
 
-        ctx.put(weight_gradient)
-        return (grad_MO @ weight).view_as(x), None, None
+        return (grad_MO @ weight).view_as(x), ctx.put(weight_gradient), None

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from moe_ep import launch
 from moe_ep.layers import (
     DeepSeekModel,
+    GradAccumulation,
     MicroBatchSchedule,
     ParallelGroups,
     build_model,
@@ -267,9 +268,10 @@ def _accumulate_gradients(
     if config.micro_batch_overlap:
         losses = [each.main_loss for each in MicroBatchSchedule(model).step(batches)]
     else:
-        losses = []
+        losses, accumulation = [], GradAccumulation()
         for batch in batches:
-            out = model(*batch)
+            with accumulation.collecting():
+                out = model(*batch)
             (out.loss / count).backward()
             losses.append(out.main_loss.detach())
     return sum(

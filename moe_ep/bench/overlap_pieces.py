@@ -11,7 +11,7 @@ import torch
 
 from .. import Communicator
 from ..errors import InvalidInput
-from ..layers import DeepSeekModel, MicroBatchSchedule, ModelConfig
+from ..layers import DeepSeekModel, GradAccumulation, MicroBatchSchedule, ModelConfig
 from .workload import DTYPES, FP8
 
 CHUNKS = (2, 3, 4)
@@ -109,6 +109,7 @@ class Pieces:
         dtype = DTYPES.get(plan.dtype, torch.bfloat16)
         self.model = DeepSeekModel(plan.config(device), comm, device=device, dtype=dtype)
         self.layer = self.model.layers[0].moe
+        self._accumulation = GradAccumulation()
         torch.manual_seed(100 + comm.rank)
         shape = plan.num_tokens, plan.hidden
         self._x = torch.randn(shape, device=device, dtype=dtype).requires_grad_()
@@ -137,7 +138,8 @@ class Pieces:
     def _layer(self, chunks: int, one_stream: bool) -> Operation:
         def run(_: object) -> None:
             with self._streams(one_stream):
-                y, aux_loss = self.layer(self._x, overlap_chunks=chunks)
+                with self._accumulation.collecting():
+                    y, aux_loss = self.layer(self._x, overlap_chunks=chunks)
                 torch.autograd.backward([y, aux_loss], [self._grad, torch.ones_like(aux_loss)])
 
         names = {0: "layer without overlap", 1: "shared expert"}
@@ -146,11 +148,15 @@ class Pieces:
     def _pair_in_turn(self) -> Operation:
         first, second, *_ = self._batches
 
+        def forward(batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+            with self._accumulation.collecting():
+                return self.model(*batch).loss
+
         def run(before: torch.Tensor) -> None:
             before.backward()
-            self.model(*second)
+            forward(second)
 
-        return Operation(run, lambda: self.model(*first).loss, "micro-batches without overlap")
+        return Operation(run, lambda: forward(first), "micro-batches without overlap")
 
     def _pair(self, one_stream: bool) -> Operation:
         """One micro-batch forward beside another backward, as in the midst of many."""
@@ -173,7 +179,9 @@ class Pieces:
     def _step_in_turn(self, count: int) -> Operation:
         def run(_: object) -> None:
             for batch in self._batches[:count]:
-                (self.model(*batch).loss / count).backward()
+                with self._accumulation.collecting():
+                    loss = self.model(*batch).loss / count
+                loss.backward()
 
         return Operation(run)
 

@@ -8,7 +8,15 @@ import torch.nn.functional as F
 
 from gpu.machine import needs_gpu
 from moe_ep import Fp8Tokens, fp8
-from moe_ep.layers import GroupedExperts, SharedExperts, fp8_matmul, fp8_quantize, swiglu, transformer_engine
+from moe_ep.layers import (
+    GradAccumulation,
+    GroupedExperts,
+    SharedExperts,
+    fp8_matmul,
+    fp8_quantize,
+    swiglu,
+    transformer_engine,
+)
 from moe_ep.layers.row_groups import RowGroups
 
 pytestmark = needs_gpu
@@ -248,6 +256,39 @@ def test_experts_are_close_to_bfloat16():
         error = (ours.float() - wanted.float()).norm() / wanted.float().norm()
         print(f"{name}: relative difference to bfloat16 {error:.3f}")
         assert error < 0.09, name
+
+
+@needs_transformer_engine
+@pytest.mark.parametrize("kind", ["experts", "shared expert"])
+def test_micro_batches_add_to_grad(kind):
+    torch.manual_seed(0)
+    splits, options = [256, 0, 144, 400], {"fp8": "blockwise", "device": "cuda", "dtype": torch.bfloat16}
+    counts = torch.tensor(splits, device="cuda")
+    if kind == "experts":
+        module = GroupedExperts(4, 512, 256, init_std=0.05, **options)
+    else:
+        module = SharedExperts(512, 256, **options)
+    rows = torch.randn(sum(splits), 512, device="cuda", dtype=torch.bfloat16).requires_grad_()
+    grad = torch.randn_like(rows)
+
+    def run():
+        y = (
+            module(rows, torch.ones(len(rows), device="cuda"), counts, splits)
+            if kind == "experts"
+            else module(rows)
+        )
+        y.backward(grad)
+        return [parameter.grad for parameter in module.parameters()]
+
+    once = [each.clone() for each in run()]
+    module.zero_grad()
+    seen = []
+    for _ in range(3):
+        with GradAccumulation().collecting():
+            seen.append(run())
+    for total, one, *of_each in zip(seen[-1], once, *seen, strict=True):
+        assert all(each is total for each in of_each)
+        torch.testing.assert_close(total.float(), 3 * one.float(), rtol=2**-6, atol=2**-6 * one.std().item())
 
 
 def milliseconds(fn, repeats=10):

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from gpu.machine import needs_gpu
-from moe_ep.layers import grouped_matmul, transformer_engine
+from moe_ep.layers import GradAccumulation, WeightGradStore, grouped_matmul, transformer_engine
 from moe_ep.layers.row_groups import RowGroups
+from moe_ep.layers.weight_gradients import add_to_grad
 
 pytestmark = [
     *needs_gpu,
@@ -75,6 +76,28 @@ def test_a_product_is_added_to_what_is_there(splits):
         wanted = before[e].double() + product
         assert ((total[e] - wanted).abs() <= 2**-8 * (product.abs() + wanted.abs()) + 1e-3).all()
         assert splits[e] > 0 or torch.equal(total[e], before[e])
+
+
+@pytest.mark.parametrize("later", [False, True])
+def test_micro_batches_add_to_grad(later, monkeypatch):
+    monkeypatch.setattr(grouped_matmul, "LARGE_PRODUCT", 1)
+    splits = SPLITS[0]
+    groups = RowGroups(torch.tensor(splits, device="cuda"), splits, sum(splits))
+    rows, numbers, grad = operands(splits)
+    weight = torch.nn.Parameter(numbers)
+    store = WeightGradStore(add_to_grad)
+    grads = []
+    for _ in range(3):
+        with (store if later else GradAccumulation()).collecting():
+            y = grouped_matmul.matmul_by_expert(rows.clone().requires_grad_(), weight, groups)
+        y.backward(grad)
+        store.run()
+        grads.append(weight.grad)
+    assert all(each is weight.grad for each in grads)
+    parts = zip(grad.double().split(splits), rows.double().split(splits), strict=True)
+    for e, (grad_part, rows_part) in enumerate(parts):
+        product = grad_part.t() @ rows_part
+        assert ((weight.grad[e] - 3 * product).abs() <= 6 * 2**-8 * product.abs() + 1e-2).all()
 
 
 def test_another_stream():

@@ -2,6 +2,7 @@
 run them.
 """
 
+import contextlib
 import copy
 
 import pytest
@@ -9,12 +10,12 @@ import torch
 from torch import nn
 
 from moe_ep.fp8 import quantize
-from moe_ep.layers import WeightGradStore
+from moe_ep.layers import GradAccumulation, WeightGradStore
 from moe_ep.layers.fp8_experts import fp8_matmul
 from moe_ep.layers.fp8_weights import QuantizedWeight
 from moe_ep.layers.grouped_matmul import grouped_matmul
 from moe_ep.layers.row_groups import RowGroups
-from moe_ep.layers.weight_gradients import GradientSums, Keeper, Linear, give
+from moe_ep.layers.weight_gradients import GradientSums, Keeper, Linear, add_to_grad, give
 
 SPLITS = [3, 0, 2, 4]
 
@@ -104,6 +105,18 @@ def test_stores_may_be_nested():
     assert torch.equal(layer.weight.grad, torch.ones(2, 2))
 
 
+class OnGpu(nn.Parameter):
+    """A weight to which products add as if it were on a GPU."""
+
+    is_cuda = True
+
+
+def accumulating_stores():
+    """Keepers that add to ``.grad``, and what ends a backward."""
+    store = WeightGradStore(add_to_grad)
+    return {"at once": (GradAccumulation(), lambda: None), "later": (store, store.run)}
+
+
 def linear_product(x, weight):
     layer = Linear(6, 5, dtype=x.dtype)
     layer.weight = weight[0]
@@ -124,17 +137,100 @@ def fp8_product_of_a_weight_each(x, weight):
     return fp8_matmul(quantize(x), weight, groups, QuantizedWeight(False))
 
 
-@pytest.mark.parametrize(
-    ("product", "shapes", "summed"),
-    [
-        (linear_product, [(5, 6)], True),
-        (expert_product, [(4, 5, 6)], True),
-        (fp8_product, [(4, 128, 256)], True),
-        (fp8_product_of_a_weight_each, [(128, 256)] * 4, False),
-    ],
-)
-def test_products_add_up_their_gradients(product, shapes, summed, monkeypatch):
+def fp8_linear_product(x, weight):
+    groups = RowGroups(torch.tensor([sum(SPLITS)]), [sum(SPLITS)], sum(SPLITS))
+    return fp8_matmul(quantize(x), weight, groups, QuantizedWeight(False))
+
+
+PRODUCTS = {
+    linear_product: [(5, 6)],
+    expert_product: [(4, 5, 6)],
+    fp8_product: [(4, 128, 256)],
+    fp8_linear_product: [(128, 256)],
+    fp8_product_of_a_weight_each: [(128, 256)] * 4,
+}
+
+
+def micro_batches(product, weights, keeper=None, end=lambda: None):
+    """Gradients of three; ``.grad`` of the weights after each."""
+    torch.manual_seed(1)
+    seen = []
+    for _ in range(3):
+        x = torch.randn(sum(SPLITS), weights[0].shape[-1], requires_grad=True)
+        with contextlib.nullcontext() if keeper is None else keeper.collecting():
+            y = product(x, weights)
+        y.sin().sum().backward()
+        end()
+        seen.append([weight.grad for weight in weights])
+    return seen
+
+
+@pytest.mark.parametrize("product", PRODUCTS)
+@pytest.mark.parametrize("when", accumulating_stores())
+def test_micro_batches_add_to_grad_in_the_products(product, when):
     torch.manual_seed(0)
+    numbers = [torch.randn(shape) for shape in PRODUCTS[product]]
+    expected = [nn.Parameter(each) for each in numbers]
+    micro_batches(product, expected)
+    keeper, end = accumulating_stores()[when]
+    weights = [OnGpu(each) for each in numbers]
+    grads = micro_batches(product, weights, keeper, end)
+    for weight, wanted, *of_each in zip(weights, expected, *grads, strict=True):
+        torch.testing.assert_close(weight.grad, wanted.grad, rtol=1e-5, atol=1e-5)
+        assert all(grad is weight.grad for grad in of_each)
+
+
+@pytest.mark.parametrize("when", accumulating_stores())
+def test_what_products_cannot_add_to_is_autograds(when):
+    def hooked(numbers):
+        weight = OnGpu(numbers)
+        weight.register_post_accumulate_grad_hook(lambda _: runs.append("hook"))
+        return weight
+
+    def transposed(numbers):
+        weight = OnGpu(numbers)
+        weight.grad = torch.zeros(numbers.shape[::-1]).t()
+        return weight
+
+    torch.manual_seed(0)
+    numbers, runs = torch.randn(5, 6), []
+    expected = [nn.Parameter(numbers)]
+    micro_batches(linear_product, expected)
+    for make in (nn.Parameter, hooked, transposed):  # the first is on a CPU
+        keeper, end = accumulating_stores()[when]
+        weights = [make(numbers)]
+        micro_batches(linear_product, weights, keeper, end)
+        assert torch.equal(weights[0].grad, expected[0].grad)
+    assert runs == ["hook"] * 3
+
+
+def test_chunks_of_micro_batches_add_to_grad():
+    torch.manual_seed(0)
+    weight = OnGpu(torch.randn(5, 6))
+    expected, x = nn.Parameter(weight.detach()), torch.randn(9, 6, requires_grad=True)
+    for _ in range(2):
+        linear_product(x, [expected]).sin().sum().backward()
+        with GradAccumulation().collecting(), GradientSums().collecting():
+            y = torch.cat([linear_product(part, [weight]) for part in x.split(4)])
+        y.sin().sum().backward()
+    torch.testing.assert_close(weight.grad, expected.grad, rtol=1e-5, atol=1e-5)
+
+
+def test_accumulation_leaves_a_frozen_weight_and_one_that_is_computed_alone():
+    frozen, weight = OnGpu(torch.randn(5, 6), requires_grad=False), OnGpu(torch.randn(5, 6))
+    x = torch.randn(9, 6, requires_grad=True)
+    with GradAccumulation().collecting():
+        for each in (frozen, 2 * weight):
+            [product_weight], put = give(x, each)
+            assert product_weight is each and put is None
+    assert frozen.grad is None and weight.grad is None
+
+
+@pytest.mark.parametrize("product", PRODUCTS)
+def test_products_add_up_their_gradients(product, monkeypatch):
+    torch.manual_seed(0)
+    shapes = PRODUCTS[product]
+    summed = len(shapes) == 1
     weights = [nn.Parameter(torch.randn(shape)) for shape in shapes]
     inputs = [torch.randn(sum(SPLITS), shapes[0][-1], requires_grad=True) for _ in range(3)]
     seen = []  # what each product was given to add to
