@@ -82,10 +82,13 @@ class _GroupedMatmul(torch.autograd.Function):
 
         def weight_gradient(into: torch.Tensor | None) -> torch.Tensor:
             with named_range("moe_ep.experts.matmul.wgrad"):
-                if is_large:
+                if not is_large:
+                    product = F.grouped_mm(grad_NO.t(), rows_NI, offs=groups.ends)
+                elif into is None or into.dtype == rows_NI.dtype:
                     return transformer_engine.rows_by_rows(grad_NO, rows_NI, groups.splits, into)
-                grad_weight = F.grouped_mm(grad_NO.t(), rows_NI, offs=groups.ends)
-                return grad_weight if into is None else into.add_(grad_weight)
+                else:
+                    product = transformer_engine.rows_by_rows(grad_NO, rows_NI, groups.splits)
+                return product if into is None else into.add_(product)
 
         grad_rows = None
         if ctx.needs_input_grad[0]:
@@ -131,12 +134,13 @@ class _LoopedMatmul(torch.autograd.Function):
         segments = ctx.segments
 
         def weight_gradient(into: torch.Tensor | None) -> torch.Tensor:
-            total = weight_LOI.new_zeros(weight_LOI.shape) if into is None else into
+            adds = into is not None and into.dtype == weight_LOI.dtype
+            total = into if adds else weight_LOI.new_zeros(weight_LOI.shape)
             with named_range("moe_ep.experts.matmul.wgrad"):
                 for expert, (start, end) in enumerate(segments):
                     if end > start:
                         total[expert].addmm_(grad_NO[start:end].t(), rows_NI[start:end])
-            return total
+            return total if adds or into is None else into.add_(total)
 
         grad_rows = None
         if ctx.needs_input_grad[0]:

@@ -156,7 +156,7 @@ def micro_batches(product, weights, keeper=None, end=lambda: None):
     torch.manual_seed(1)
     seen = []
     for _ in range(3):
-        x = torch.randn(sum(SPLITS), weights[0].shape[-1], requires_grad=True)
+        x = torch.randn(sum(SPLITS), weights[0].shape[-1]).to(weights[0].dtype).requires_grad_()
         with contextlib.nullcontext() if keeper is None else keeper.collecting():
             y = product(x, weights)
         y.sin().sum().backward()
@@ -167,19 +167,29 @@ def micro_batches(product, weights, keeper=None, end=lambda: None):
 
 @pytest.mark.parametrize("product", PRODUCTS)
 @pytest.mark.parametrize("when", accumulating_stores())
-def test_micro_batches_add_to_grad_in_the_products(product, when):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_micro_batches_add_to_grad_in_the_products(product, when, dtype):
+    """In float32, whatever the weights are in."""
+
+    def make(kind):
+        weights = [kind(each) for each in numbers]
+        for weight in weights:
+            weight.grad_dtype = torch.float32
+        return weights
+
     torch.manual_seed(0)
-    numbers = [torch.randn(shape) for shape in PRODUCTS[product]]
-    expected = [nn.Parameter(each) for each in numbers]
+    numbers = [torch.randn(shape).to(dtype) for shape in PRODUCTS[product]]
+    expected, weights = make(nn.Parameter), make(OnGpu)
     micro_batches(product, expected)
-    keeper, end = accumulating_stores()[when]
-    weights = [OnGpu(each) for each in numbers]
-    grads = micro_batches(product, weights, keeper, end)
+    grads = micro_batches(product, weights, *accumulating_stores()[when])
+    rtol = 1e-5 if dtype == torch.float32 else 2**-6  # autograd rounds every product
     for weight, wanted, *of_each in zip(weights, expected, *grads, strict=True):
-        torch.testing.assert_close(weight.grad, wanted.grad, rtol=1e-5, atol=1e-5)
-        assert all(grad is weight.grad for grad in of_each)
+        atol = rtol * wanted.grad.abs().max().item()
+        torch.testing.assert_close(weight.grad, wanted.grad, rtol=rtol, atol=atol)
+        assert weight.grad.dtype == torch.float32 and all(grad is weight.grad for grad in of_each)
 
 
+@pytest.mark.filterwarnings("ignore:grad and param do not obey the gradient layout contract")
 @pytest.mark.parametrize("when", accumulating_stores())
 def test_what_products_cannot_add_to_is_autograds(when):
     def hooked(numbers):
