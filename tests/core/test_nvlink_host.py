@@ -27,7 +27,7 @@ class Log(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.names = []
+        self.names, self.arguments = [], []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.names.append(str(func.overloadpacket))
@@ -45,8 +45,12 @@ class Kernels:
 
     def __init__(self, log):
         for name in ("plan", "dispatch", "combine"):
-            setattr(self, name, lambda name=name, **_arguments: log.names.append(name))
+            setattr(self, name, lambda name=name, **arguments: self._launch(name, arguments))
         self._log = log
+
+    def _launch(self, name, arguments):
+        self._log.names.append(name)
+        self._log.arguments.append(arguments)
 
     def table_words(self, num_tokens):
         return 8 * num_tokens
@@ -64,8 +68,8 @@ class Kernels:
 
 
 class Stream:
-    def __init__(self, address):
-        self.cuda_stream = address
+    def __init__(self, address, priority=0):
+        self.cuda_stream, self.priority = address, priority
         self.waits = []
 
     def synchronize(self):
@@ -223,6 +227,16 @@ def test_a_call_on_another_stream_waits_for_the_last(comm, stream):
     rows = moe_ep.dispatch(x, None, None, comm, handle=handle).tokens
     moe_ep.combine(rows, handle)
     assert second.waits == [first]
+
+
+def test_calls_on_a_stream_with_priority_wait_on_one_multiprocessor(comm, stream, log):
+    x, _ = inputs(requires_grad=False)
+    normal, beside = stream.current, Stream(2, priority=-1)
+    for stream.current in (normal, beside, normal):
+        out = moe_ep.dispatch(x, topk_idx(), None, comm)
+        moe_ep.combine(out.tokens, out.handle)
+    launches = [(each["stream"], each["meets"]) for each in log.arguments]
+    assert launches == [(1, False)] * 3 + [(2, True)] * 3 + [(1, False)] * 3
 
 
 def test_forward_mode_is_refused(comm):
