@@ -97,16 +97,16 @@ class _Matmul(torch.autograd.Function):
         grad = fp8.carried(grad_NO) or fp8.quantize(grad_NO.contiguous())
 
         def weight_gradients(into: Gradients | None) -> Gradients:
+            if not stacked and isinstance(into, torch.Tensor):
+                into = (into,)
             with named_range("moe_ep.experts.requantize_columns"):
                 grad_columns = requantize_columns(grad, groups)
                 columns = requantize_tiles(Fp8Tokens(data, scale_inv), groups)
             with named_range("moe_ep.experts.matmul.wgrad"):
-                if into is not None:
-                    by_expert = (into,) if isinstance(into, torch.Tensor) and not stacked else into
-                    columns_by_columns(grad_columns, columns, groups, dtype, by_expert)
-                    return into
-                grads = columns_by_columns(grad_columns, columns, groups, dtype)
-            return grads if stacked else grads[0] if len(weights) == 1 else grads.unbind()
+                grads = columns_by_columns(grad_columns, columns, groups, dtype, into)
+            if stacked:
+                return grads
+            return grads[0] if len(weights) == 1 else tuple(grads)
 
         # Unless they are put off, before the other gradient, which takes more memory and stays.
         wanted = any(ctx.needs_input_grad[6:])

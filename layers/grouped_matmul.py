@@ -82,13 +82,10 @@ class _GroupedMatmul(torch.autograd.Function):
 
         def weight_gradient(into: torch.Tensor | None) -> torch.Tensor:
             with named_range("moe_ep.experts.matmul.wgrad"):
-                if not is_large:
-                    product = F.grouped_mm(grad_NO.t(), rows_NI, offs=groups.ends)
-                elif into is None or into.dtype == rows_NI.dtype:
+                if is_large:
                     return transformer_engine.rows_by_rows(grad_NO, rows_NI, groups.splits, into)
-                else:
-                    product = transformer_engine.rows_by_rows(grad_NO, rows_NI, groups.splits)
-                return product if into is None else into.add_(product)
+                grad_weight = F.grouped_mm(grad_NO.t(), rows_NI, offs=groups.ends)
+                return grad_weight if into is None else into.add_(grad_weight)
 
         grad_rows = None
         if ctx.needs_input_grad[0]:
@@ -134,13 +131,12 @@ class _LoopedMatmul(torch.autograd.Function):
         segments = ctx.segments
 
         def weight_gradient(into: torch.Tensor | None) -> torch.Tensor:
-            adds = into is not None and into.dtype == weight_LOI.dtype
-            total = into if adds else weight_LOI.new_zeros(weight_LOI.shape)
+            total = weight_LOI.new_zeros(weight_LOI.shape) if into is None else into
             with named_range("moe_ep.experts.matmul.wgrad"):
                 for expert, (start, end) in enumerate(segments):
                     if end > start:
                         total[expert].addmm_(grad_NO[start:end].t(), rows_NI[start:end])
-            return total if adds or into is None else into.add_(total)
+            return total
 
         grad_rows = None
         if ctx.needs_input_grad[0]:

@@ -26,7 +26,9 @@ Gradients = torch.Tensor | Weights
 """Of one weight, or of several."""
 
 Compute = Callable[[Gradients | None], Gradients]
-"""Computes the gradient of a weight, or those of several. What it is given, of any dtype, it adds them to."""
+"""Computes the gradient of a weight, or those of several, and adds them to what it is given, if anything: of the
+weights' dtype, or, for products of FP8 numbers, of any.
+"""
 
 Put = Callable[[Compute], Gradients | None]
 """Takes what computes a weight's gradient, and returns what autograd is to get for it."""
@@ -60,15 +62,14 @@ def add_to_grad(weights: Weights, compute: Compute) -> Gradients | None:
     """Has ``compute`` add to the weights' ``.grad``, or be it if there is none; returns what autograd is to get.
 
     Autograd would have a gradient written, read that and ``.grad``, and write their sum. It still does for weights with
-    hooks, or on a CPU, where a product rounds differently if it adds.
+    hooks, whose gradients have another dtype, or that are on a CPU, where a product rounds differently if it adds.
     """
     if not all(_takes_products(weight) for weight in weights):
         return compute(None)
     if any(weight.grad is None for weight in weights):
         grads = compute(None)
         for weight, grad in zip(weights, (grads,) if isinstance(grads, torch.Tensor) else grads, strict=True):
-            dtype = getattr(weight, "grad_dtype", None) or grad.dtype
-            weight.grad = grad.to(dtype) if weight.grad is None else weight.grad.add_(grad)
+            weight.grad = grad if weight.grad is None else weight.grad.add_(grad)
     else:
         compute(weights[0].grad if len(weights) == 1 else tuple(weight.grad for weight in weights))
     return None
@@ -77,7 +78,10 @@ def add_to_grad(weights: Weights, compute: Compute) -> Gradients | None:
 def _takes_products(weight: torch.Tensor) -> bool:
     if not weight.is_cuda or weight._backward_hooks or weight._post_accumulate_grad_hooks:
         return False
-    return weight.grad is None or weight.grad.is_contiguous()
+    grad = weight.grad
+    if grad is None:
+        return getattr(weight, "grad_dtype", weight.dtype) == weight.dtype
+    return grad.dtype == weight.dtype and grad.is_contiguous()
 
 
 class WeightGradStore(Keeper):
@@ -268,9 +272,6 @@ class _Linear(torch.autograd.Function):
         grad_MO, x_MI = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
 
         def weight_gradient(into: torch.Tensor | None) -> torch.Tensor:
-            if into is not None and into.dtype == x.dtype:
-                return into.addmm_(grad_MO.t(), x_MI)
-            product = grad_MO.t() @ x_MI
-            return product if into is None else into.add_(product)
+            return grad_MO.t() @ x_MI if into is None else into.addmm_(grad_MO.t(), x_MI)
 
         return (grad_MO @ weight).view_as(x), ctx.put(weight_gradient), None

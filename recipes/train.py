@@ -14,7 +14,6 @@ import torch.distributed as dist
 from moe_ep import launch
 from moe_ep.layers import (
     DeepSeekModel,
-    GradAccumulation,
     MicroBatchSchedule,
     ParallelGroups,
     build_model,
@@ -268,10 +267,9 @@ def _accumulate_gradients(
     if config.micro_batch_overlap:
         losses = [each.main_loss for each in MicroBatchSchedule(model).step(batches)]
     else:
-        losses, accumulation = [], GradAccumulation()
+        losses = []
         for batch in batches:
-            with accumulation.collecting():
-                out = model(*batch)
+            out = model(*batch)
             (out.loss / count).backward()
             losses.append(out.main_loss.detach())
     return sum(

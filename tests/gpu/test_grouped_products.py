@@ -79,14 +79,12 @@ def test_a_product_is_added_to_what_is_there(splits):
 
 
 @pytest.mark.parametrize("later", [False, True])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_micro_batches_add_to_grad(dtype, later, monkeypatch):
+def test_micro_batches_add_to_grad(later, monkeypatch):
     monkeypatch.setattr(grouped_matmul, "LARGE_PRODUCT", 1)
     splits = SPLITS[0]
     groups = RowGroups(torch.tensor(splits, device="cuda"), splits, sum(splits))
     rows, numbers, grad = operands(splits)
     weight = torch.nn.Parameter(numbers)
-    weight.grad_dtype = dtype
     store = WeightGradStore(add_to_grad)
     grads = []
     for _ in range(3):
@@ -95,7 +93,7 @@ def test_micro_batches_add_to_grad(dtype, later, monkeypatch):
         y.backward(grad)
         store.run()
         grads.append(weight.grad)
-    assert weight.grad.dtype == dtype and all(each is weight.grad for each in grads)
+    assert all(each is weight.grad for each in grads)
     parts = zip(grad.double().split(splits), rows.double().split(splits), strict=True)
     for e, (grad_part, rows_part) in enumerate(parts):
         product = grad_part.t() @ rows_part

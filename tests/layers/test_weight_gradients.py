@@ -156,7 +156,7 @@ def micro_batches(product, weights, keeper=None, end=lambda: None):
     torch.manual_seed(1)
     seen = []
     for _ in range(3):
-        x = torch.randn(sum(SPLITS), weights[0].shape[-1]).to(weights[0].dtype).requires_grad_()
+        x = torch.randn(sum(SPLITS), weights[0].shape[-1], requires_grad=True)
         with contextlib.nullcontext() if keeper is None else keeper.collecting():
             y = product(x, weights)
         y.sin().sum().backward()
@@ -167,26 +167,17 @@ def micro_batches(product, weights, keeper=None, end=lambda: None):
 
 @pytest.mark.parametrize("product", PRODUCTS)
 @pytest.mark.parametrize("when", accumulating_stores())
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_micro_batches_add_to_grad_in_the_products(product, when, dtype):
-    """In float32, whatever the weights are in."""
-
-    def make(kind):
-        weights = [kind(each) for each in numbers]
-        for weight in weights:
-            weight.grad_dtype = torch.float32
-        return weights
-
+def test_micro_batches_add_to_grad_in_the_products(product, when):
     torch.manual_seed(0)
-    numbers = [torch.randn(shape).to(dtype) for shape in PRODUCTS[product]]
-    expected, weights = make(nn.Parameter), make(OnGpu)
+    numbers = [torch.randn(shape) for shape in PRODUCTS[product]]
+    expected = [nn.Parameter(each) for each in numbers]
     micro_batches(product, expected)
-    grads = micro_batches(product, weights, *accumulating_stores()[when])
-    rtol = 1e-5 if dtype == torch.float32 else 2**-6  # autograd rounds every product
+    keeper, end = accumulating_stores()[when]
+    weights = [OnGpu(each) for each in numbers]
+    grads = micro_batches(product, weights, keeper, end)
     for weight, wanted, *of_each in zip(weights, expected, *grads, strict=True):
-        atol = rtol * wanted.grad.abs().max().item()
-        torch.testing.assert_close(weight.grad, wanted.grad, rtol=rtol, atol=atol)
-        assert weight.grad.dtype == torch.float32 and all(grad is weight.grad for grad in of_each)
+        torch.testing.assert_close(weight.grad, wanted.grad, rtol=1e-5, atol=1e-5)
+        assert all(grad is weight.grad for grad in of_each)
 
 
 @pytest.mark.filterwarnings("ignore:grad and param do not obey the gradient layout contract")
@@ -202,10 +193,19 @@ def test_what_products_cannot_add_to_is_autograds(when):
         weight.grad = torch.zeros(numbers.shape[::-1]).t()
         return weight
 
+    def wide(numbers):
+        weight = OnGpu(numbers)
+        weight.grad_dtype = torch.float64
+        return weight
+
     torch.manual_seed(0)
     numbers, runs = torch.randn(5, 6), []
     expected = [nn.Parameter(numbers)]
     micro_batches(linear_product, expected)
+    exact = wide(numbers)
+    micro_batches(linear_product, [exact], *accumulating_stores()[when])
+    assert exact.grad.dtype == torch.float64
+    torch.testing.assert_close(exact.grad, expected[0].grad.double())
     for make in (nn.Parameter, hooked, transposed):  # the first is on a CPU
         keeper, end = accumulating_stores()[when]
         weights = [make(numbers)]
